@@ -1,0 +1,339 @@
+"""Faults while training: kill -9, a full disk, Ctrl-C. Afterwards nothing half-written stands under a final name, the last finished
+checkpoint loads, and `--resume` ends with the very bits of an undisturbed run.
+
+Every run is a forked child of one server process that has imported torch and eq once, so that thirty runs cost seconds and not minutes.
+A fault is armed inside the child: it strikes at the n-th file operation below the run's folder, or the parent sends a signal.
+"""
+import errno
+import hashlib
+import itertools
+import json
+import multiprocessing as mp
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+EPOCHS, STEPS = 3, 3
+LAST = Path("checkpoints") / "last"
+
+
+# ---- one training run in a child process -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong, and at which of the file operations (fsync, replace, safetensors write) below the run's folder; 0 is the first."""
+
+    kind: str  # "kill", "half" (kill in the middle of writing tensors), "full" (no space left from here on)
+    at: int
+
+
+def _watch(out: Path, act: Callable[[int, str, Path], None]) -> None:
+    """Call `act(count, operation, path)` before each file operation below `out`."""
+    from eq.models import checkpoint
+
+    count = itertools.count()
+    fsync, replace, save_file = os.fsync, os.replace, checkpoint.save_file
+
+    def seen(operation: str, path: object) -> None:
+        if Path(os.fspath(path)).is_relative_to(out):  # type: ignore[call-overload]
+            act(next(count), operation, Path(os.fspath(path)))  # type: ignore[call-overload]
+
+    def watched_fsync(fd: int) -> None:
+        seen("fsync", os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    def watched_replace(source: str, target: str) -> None:
+        seen("replace", target)
+        replace(source, target)
+
+    def watched_save(tensors: dict, path: Path) -> None:
+        save_file(tensors, path)
+        seen("tensors", path)
+
+    os.fsync, os.replace, checkpoint.save_file = watched_fsync, watched_replace, watched_save  # type: ignore[assignment]
+
+
+def _strike(fault: Fault) -> Callable[[int, str, Path], None]:
+    """The action of a fault."""
+
+    def act(n: int, operation: str, path: Path) -> None:
+        if fault.kind == "full" and n >= fault.at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if n == fault.at:
+            if fault.kind == "half":
+                os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return act
+
+
+def _child(args: list[str], out: Path, fault: Fault | None, events: Path | None, screen: Path) -> None:
+    """Runs `eq ARGS`; called in the child."""
+    fd = os.open(screen, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
+    from eq.workflows.cli import main
+
+    if fault is not None:
+        _watch(out, _strike(fault))
+    if events is not None:
+        log = events.open("a", buffering=1)
+        _watch(out, lambda n, operation, path: print(json.dumps([operation, str(path.relative_to(out))]), file=log))
+    os._exit(main(args))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A cohort and the server that forks training runs on it."""
+
+    context: mp.context.ForkServerContext
+    cohort: Path
+    folder: Path
+
+    def start(self, out: Path, *extra: str, fault: Fault | None = None, events: Path | None = None) -> mp.process.BaseProcess:
+        """Start a training run; a repeated option in `extra` wins."""
+        args = ["train", "mito", "--source", str(self.cohort), "--out", str(out), "--epochs", str(EPOCHS), "--steps-per-epoch", str(STEPS),
+                "--encoder", "tu-test_efficientnet", "--crop", "64", "--batch-size", "2", "--seed", "0", *extra]
+        child = self.context.Process(target=_child, args=(args, out, fault, events, screen(out)))
+        child.start()
+        return child
+
+    def run(self, out: Path, *extra: str, fault: Fault | None = None, events: Path | None = None) -> int:
+        """Run it to its end; the exit code, negative for a signal."""
+        child = self.start(out, *extra, fault=fault, events=events)
+        child.join(60)
+        assert child.exitcode is not None, f"training hangs: {said(out)}"
+        return child.exitcode
+
+    def resume(self, out: Path, fault: Fault | None = None) -> int:
+        """Go on after a kill."""
+        return self.run(out, "--resume", fault=fault)
+
+
+def screen(out: Path) -> Path:
+    """Where a run's screen goes: beside its folder, never on the disk under test."""
+    return Path(os.environ["EQ_TEST_SCREENS"]) / f"{out.name}.txt"
+
+
+def said(out: Path) -> str:
+    """What a run has printed so far."""
+    return screen(out).read_text() if screen(out).exists() else ""
+
+
+# ---- what must hold ---------------------------------------------------------------------------------------------------------------------
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def is_whole(path: Path) -> bool:
+    """Is a file complete, as far as its format can tell?"""
+    data = path.read_bytes()
+    if path.suffix == ".safetensors":
+        header = int.from_bytes(data[:8], "little")
+        ends = [v["data_offsets"][1] for k, v in json.loads(data[8 : 8 + header]).items() if k != "__metadata__"]
+        return len(data) == 8 + header + max(ends)
+    if path.suffix == ".json":
+        return isinstance(json.loads(data), dict)
+    if path.suffix == ".png":
+        Image.open(path).load()
+    return bool(data) and (path.suffix not in (".csv", ".html") or data.endswith(b"\n"))
+
+
+def check_folder(out: Path) -> None:
+    """Nothing half-written under a final name; what `last` and `best` point to, and the final network, have the hashes they state."""
+    final = [p for p in out.rglob("*") if p.is_file() and not p.name.startswith(".tmp-") and p.suffix != ".jsonl"]
+    assert not [str(p) for p in final if not is_whole(p)]
+    for folder in (out / LAST, out / LAST.parent / "best", out):
+        if (folder / "model.json").exists():
+            assert json.loads((folder / "model.json").read_text())["weights_sha256"] == digest(folder / "model.safetensors")
+    for link in (out / LAST, out / LAST.parent / "best"):
+        assert not link.is_symlink() or link.resolve().is_dir(), f"{link} points to nothing"
+    if (out / LAST).exists():
+        assert json.loads((out / LAST / "resume.json").read_text())["sha256"] == digest(out / LAST / "resume.safetensors")
+
+
+def weights(out: Path) -> str:
+    """Hash of the final network of a finished run, after checking the whole folder."""
+    check_folder(out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["status"] == "done", manifest["error"]
+    return digest(out / "model.safetensors")
+
+
+# ---- fixtures ---------------------------------------------------------------------------------------------------------------------------
+
+
+def write_cohort(folder: Path) -> Path:
+    """Four grey images of 96 px with bright discs, two to train on and two to validate."""
+    rng, rows = np.random.default_rng(0), []
+    y, x = np.mgrid[:96, :96]
+    for i, part in enumerate(("train", "train", "validate", "validate")):
+        mask = np.zeros((96, 96), bool)
+        for cy, cx, r in zip(rng.integers(10, 86, 5), rng.integers(10, 86, 5), rng.integers(5, 10, 5), strict=True):
+            mask |= (y - cy) ** 2 + (x - cx) ** 2 < r**2
+        image = np.clip(90 + 80 * mask + rng.normal(0, 15, mask.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(image).save(folder / f"image_{i}.png")
+        Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"mask_{i}.png")
+        rows.append({"image": f"image_{i}.png", "mask": f"mask_{i}.png", "mask_coding": "grey127", "subject": f"s{i}", "part": part})
+    pd.DataFrame(rows).to_csv(folder / "cohort.csv", index=False)
+    return folder / "cohort.csv"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """The cohort and the fork server."""
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "screens").mkdir()
+    os.environ.update(EQ_TEST_SCREENS=str(folder / "screens"), OMP_NUM_THREADS="1", NO_ALBUMENTATIONS_UPDATE="1")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["eq.workflows.train", "eq.workflows.cli"])
+    return Bench(context, write_cohort(folder), folder)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An undisturbed run."""
+
+    weights: str
+    seconds: float
+    events: list[tuple[str, str]]  # (operation, path below the run's folder) in order
+
+    def within(self, folder_number: int) -> list[int]:
+        """The operations from the first write into the n-th checkpoint folder to the last before the next one."""
+        steps = sorted({path.split("/")[1] for _, path in self.events if path.startswith("checkpoints/step-")})
+        first = next(i for i, (_, path) in enumerate(self.events) if steps[folder_number] in path)
+        after = [i for i, (_, path) in enumerate(self.events) if steps[folder_number + 1] in path]
+        inside = range(first, after[0] if after else len(self.events))
+        return [i for i in inside if self.events[i][1].startswith("checkpoints")]
+
+
+@pytest.fixture(scope="module")
+def reference(bench: Bench) -> Reference:
+    """An undisturbed run with a record of its file operations; the first one, to warm the server up, is thrown away."""
+    assert bench.run(bench.folder / "warm", "--epochs", "1") == 0, said(bench.folder / "warm")
+    out, events, start = bench.folder / "reference", bench.folder / "events.txt", time.monotonic()
+    assert bench.run(out, events=events) == 0, said(out)
+    seconds = time.monotonic() - start
+    return Reference(weights(out), seconds, [tuple(json.loads(line)) for line in events.read_text().splitlines()])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path | None]]:
+    """Gives a function that mounts a disk of so many bytes, or None where mounting is not allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size: int) -> Path | None:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True, check=False)
+        return folder if done.returncode == 0 else None
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+# ---- the tests --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_bits(bench: Bench, reference: Reference) -> None:
+    """The same seed gives the same final network to the last bit, another seed another one."""
+    assert bench.run(bench.folder / "again") == 0
+    assert weights(bench.folder / "again") == reference.weights
+    assert bench.run(bench.folder / "other", "--seed", "1") == 0
+    assert weights(bench.folder / "other") != reference.weights
+
+
+def test_kill_at_random_times(bench: Bench, reference: Reference) -> None:
+    """A run killed at random times, resumed each time, ends with the bits of the undisturbed run."""
+    out, rng, done = bench.folder / "random", random.Random(0), False
+    for attempt in range(8):
+        child = bench.start(out, *(["--resume"] if attempt else []))
+        child.join(rng.uniform(0.1, 0.9) * reference.seconds)
+        done = child.exitcode is not None
+        if done:
+            assert child.exitcode == 0, said(out)
+            break
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        check_folder(out)
+    assert done or bench.resume(out) == 0, said(out)
+    assert weights(out) == reference.weights
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_kill_inside_a_checkpoint_write(bench: Bench, reference: Reference, number: int) -> None:
+    """Killed before each file operation of a checkpoint: the one before it loads, and going on from there ends with the same bits."""
+    points = reference.within(number)
+    chosen = sorted({points[round(k * (len(points) - 1) / 4)] for k in range(5)})
+    for at in chosen:
+        out = bench.folder / f"inside-{number}-{at}"
+        kind = "half" if reference.events[at][0] == "tensors" else "kill"
+        assert bench.run(out, fault=Fault(kind, at)) == -signal.SIGKILL, said(out)
+        check_folder(out)
+        if number:
+            assert (out / LAST).exists(), f"killed before {reference.events[at]}: the checkpoint before it is gone"
+        assert bench.resume(out) == 0, said(out)
+        assert weights(out) == reference.weights
+
+
+def test_ctrl_c(bench: Bench, reference: Reference) -> None:
+    """Ctrl-C: exit code 130, a manifest that says interrupted, whole files only, and a run that can go on."""
+    out = bench.folder / "ctrl-c"
+    child = bench.start(out)
+    while not (out / LAST).exists() and child.is_alive():
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGINT)
+    child.join(30)
+    assert child.exitcode == 130, said(out)
+    assert json.loads((out / "manifest.json").read_text())["status"] == "interrupted"
+    check_folder(out)
+    assert not [p for p in out.rglob(".tmp-*")]
+    assert not (out / "model.safetensors").exists()
+    assert bench.resume(out) == 0, said(out)
+    assert weights(out) == reference.weights
+
+
+def test_disk_full_at_each_kind_of_file(bench: Bench, reference: Reference) -> None:
+    """No space from the n-th file operation on: one clear line, exit code 2, the checkpoint before it intact, and a run that can go on."""
+    second = reference.within(1)
+    last = len(reference.events) - 1
+    for at in (second[0], second[len(second) // 2], max(i for i in range(last) if not reference.events[i][1].startswith("checkpoints"))):
+        out = bench.folder / f"full-{at}"
+        assert bench.run(out, fault=Fault("full", at)) == 2, said(out)
+        assert "eq: error: disk full while writing" in said(out)
+        assert "Traceback" not in said(out)
+        check_folder(out)
+        assert (out / LAST).exists()
+        assert bench.resume(out) == 0, said(out)
+        assert weights(out) == reference.weights
+
+
+def test_small_disk(bench: Bench, reference: Reference, small_disk: Callable[[int], Path | None]) -> None:
+    """A disk with room for one checkpoint and a half. Where nothing can be mounted the same is played by an injected ENOSPC."""
+    one = sum(p.stat().st_size for p in (bench.folder / "reference" / LAST).resolve().iterdir())
+    disk = small_disk(one + one // 2)
+    out = (disk or bench.folder) / "small"
+    assert bench.run(out, fault=None if disk else Fault("full", reference.within(1)[1])) == 2, said(out)
+    assert "eq: error: disk full while writing" in said(out)
+    assert "Traceback" not in said(out)
+    check_folder(out)
+    assert (out / LAST).exists()
+    if disk:
+        subprocess.run(["mount", "-o", f"remount,size={10 * one}", str(disk)], check=True)
+    assert bench.resume(out) == 0, said(out)
+    assert weights(out) == reference.weights
