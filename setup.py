@@ -12,7 +12,7 @@ setup(
     name=cfg["lib_name"], version=cfg["version"], license="Apache-2.0", url=cfg["git_url"],
     description=cfg["description"], author=cfg["author"], author_email=cfg["author_email"],
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
-    packages=find_packages(include=["eq", "eq.*"]), package_data={"eq": ["py.typed"]}, python_requires=f">={cfg['min_python']}",
+    packages=find_packages(include=["eq", "eq.*"]), package_data={"eq": ["py.typed", "params.yaml"]}, python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(), extras_require=extras,
     entry_points={"console_scripts": [cfg["console_scripts"]], "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
 )

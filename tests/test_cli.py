@@ -95,7 +95,8 @@ def test_verify_says_whole_or_names_the_break(tmp_path):
 
 def toy_notebook(folder: Path, last: str) -> Path:
     cells = ["seconds = 0.0\nout = ''", "import time\nfrom pathlib import Path", "(Path(out) / 'begun').touch()", last]
-    made = [{"cell_type": "code", "execution_count": None, "id": f"cell-{n}", "metadata": {}, "outputs": [], "source": c} for n, c in enumerate(cells)]
+    empty = {"cell_type": "code", "execution_count": None, "outputs": []}
+    made = [{**empty, "id": f"cell-{n}", "metadata": {}, "source": c} for n, c in enumerate(cells)]
     made[0]["metadata"] = {"tags": ["parameters"]}
     kernel = {"name": "python3", "display_name": "python3", "language": "python"}
     path = folder / "toy.ipynb"
@@ -103,7 +104,6 @@ def toy_notebook(folder: Path, last: str) -> Path:
     return path
 
 
-RUN = "import sys; from pathlib import Path; from eq.workflows.run import run_notebook; run_notebook(Path(sys.argv[1]), {'seconds': 60.0}, sys.argv[2])"
 KILL = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
 
 

@@ -100,7 +100,8 @@ def test_public_classes_and_modules_say_what_they_are(module):
 
 
 def test_the_check_sees_what_is_missing():
-    text = 'def good(\n    a: int,  # a number\n) -> int:  # twice it\n    "Doubles."\n    return 2 * a\n\n\ndef bad(a, b: int) -> int:\n    return a\n'
+    text = 'def good(\n    a: int,  # a number\n) -> int:  # twice it\n    "Doubles."\n    return 2 * a\n\n\n'
+    text += "def bad(a, b: int) -> int:\n    return a\n"
     (_, good), (_, bad) = public(ast.parse(text))
     assert faults(None, good, comments(text)) == []
     assert faults(None, bad, comments(text)) == ["no docstring", "a has no type", "a has no comment", "b has no comment", "the return has no comment"]

@@ -44,7 +44,8 @@ def test_training_is_not_needed_to_apply_a_network(source):
 
 def test_core_and_data_start_without_a_network_library():
     "The command answers quickly because its lower floors are light."
-    done = subprocess.run([sys.executable, "-c", "import sys, eq.workflows.cli; print('torch' in sys.modules)"], cwd=ROOT, capture_output=True, text=True)
+    look = "import sys, eq.workflows.cli; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
 
 

@@ -105,7 +105,7 @@ class Bench:
     def start(self, out: Path, *extra: str, fault: Fault | None = None, events: Path | None = None) -> mp.process.BaseProcess:
         """Start a training run; a repeated option in `extra` wins."""
         args = ["train", "mito", "--source", str(self.cohort), "--out", str(out), "--epochs", str(EPOCHS), "--steps-per-epoch", str(STEPS),
-                "--encoder", "tu-test_efficientnet", "--crop", "64", "--batch-size", "2", "--seed", "0", *extra]
+                "--encoder", "tu-test_efficientnet", "--crop", "64", "--batch-size", "2", "--scale", "1", "--seed", "0", *extra]
         child = self.context.Process(target=_child, args=(args, out, fault, events, screen(out)))
         child.start()
         return child
@@ -113,7 +113,7 @@ class Bench:
     def run(self, out: Path, *extra: str, fault: Fault | None = None, events: Path | None = None) -> int:
         """Run it to its end; the exit code, negative for a signal."""
         child = self.start(out, *extra, fault=fault, events=events)
-        child.join(60)
+        child.join(300)
         assert child.exitcode is not None, f"training hangs: {said(out)}"
         return child.exitcode
 
@@ -179,10 +179,10 @@ def weights(out: Path) -> str:
 
 
 def write_cohort(folder: Path) -> Path:
-    """Four grey images of 96 px with bright discs, two to train on and two to validate."""
+    """Five grey images of 96 px with bright discs: two to train on, two to validate, one for testing."""
     rng, rows = np.random.default_rng(0), []
     y, x = np.mgrid[:96, :96]
-    for i, part in enumerate(("train", "train", "validate", "validate")):
+    for i, part in enumerate(("train", "train", "validate", "validate", "test")):
         mask = np.zeros((96, 96), bool)
         for cy, cx, r in zip(rng.integers(10, 86, 5), rng.integers(10, 86, 5), rng.integers(5, 10, 5), strict=True):
             mask |= (y - cy) ** 2 + (x - cx) ** 2 < r**2
@@ -298,7 +298,7 @@ def test_ctrl_c(bench: Bench, reference: Reference) -> None:
     while not (out / LAST).exists() and child.is_alive():
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGINT)
-    child.join(30)
+    child.join(300)
     assert child.exitcode == 130, said(out)
     assert json.loads((out / "manifest.json").read_text())["status"] == "interrupted"
     check_folder(out)

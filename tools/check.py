@@ -32,7 +32,7 @@ def data_is_there() -> bool:
     root = data_root()
     found = (root / "em_vnc").is_dir()
     if not found and os.environ.get("CI"):
-        sys.exit(f"CI is set, but {root} has no em_vnc folder: the tests on real images must run here. EQ__DATA__ROOT names the folder of real images.")
+        sys.exit(f"CI is set, but {root} has no em_vnc folder: the tests on real images must run here (EQ__DATA__ROOT names their folder)")
     if not found:
         print(f"no real images in {root}: the cells and tests that need them are listed as not run (EQ__DATA__ROOT names another folder)")
     return found
@@ -52,9 +52,8 @@ def check_export() -> int:
         copy = Path(temporary)
         for name in ("nbs", "eq"):
             shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-        for name in ("settings.ini", "_quarto.yml"):
-            if (ROOT / name).exists():
-                shutil.copy(ROOT / name, copy)
+        for name in ("settings.ini", "_quarto.yml", "params.yaml"):  # what links in nbs/ and eq/ lead to, too
+            shutil.copy(ROOT / name, copy)
         for command in ("nbdev_export", "nbdev_clean"):
             done = subprocess.run([BIN / command], cwd=copy, check=False, env={**os.environ, "PYTHONPATH": str(copy)})
             if done.returncode:

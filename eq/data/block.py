@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['load_samples', 'speck_area', 'segment_block']
 
-# %% ../../nbs/17b_data.block.ipynb #bb08bddd
+# %% ../../nbs/17b_data.block.ipynb #98480a47
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from fastai.data.block import DataBlock
-from fastai.data.transforms import ColReader, ColSplitter
+from fastai.data.transforms import ColReader, ColSplitter, Normalize
 from fastai.vision.augment import RandomCrop, aug_transforms
-from fastai.vision.core import PILImage
+from fastai.vision.core import PILImage, imagenet_stats
 from fastai.vision.data import ImageBlock, MaskBlock
 from tqdm.auto import tqdm
 
@@ -25,7 +25,7 @@ from .io import open_image
 from .mask import read_mask
 from .write import write_png
 
-# %% ../../nbs/17b_data.block.ipynb #50860aa5
+# %% ../../nbs/17b_data.block.ipynb #6ff3654e
 def load_samples(
     cohort: Cohort,  # Every row needs a mask
     scale: float,  # Original pixels that one working pixel spans along one side
@@ -58,7 +58,7 @@ def speck_area(
         areas += [int(a) for i, a in enumerate(sizes) if i > 0 and a > 0 and i not in border]
     return int(part * np.percentile(areas, 5) * scale**2) if areas else 0
 
-# %% ../../nbs/17b_data.block.ipynb #ceefe273
+# %% ../../nbs/17b_data.block.ipynb #578375f6
 def _masks_as_classes(cohort: Cohort, folder: Path) -> pd.DataFrame:
     "The table with masks rewritten as 0/1 PNG files in `folder`."
     table = cohort.table.reset_index(drop=True).copy()
@@ -80,6 +80,6 @@ def segment_block(
     block = DataBlock(
         blocks=(ImageBlock(PILImage), MaskBlock(codes=["background", "object"])),
         get_x=ColReader("image"), get_y=ColReader("mask"), splitter=ColSplitter("is_valid"),
-        item_tfms=RandomCrop(size), batch_tfms=aug_transforms(flip_vert=True, max_rotate=45.0),
+        item_tfms=RandomCrop(size), batch_tfms=[*aug_transforms(flip_vert=True, max_rotate=45.0), Normalize.from_stats(*imagenet_stats)],
     )
     return block, pd.concat(parts, ignore_index=True)

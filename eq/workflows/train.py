@@ -6,7 +6,7 @@
 __all__ = ['CLASSES', 'SCRATCH', 'HELP', 'app', 'TrainRequest', 'settings', 'fit_options', 'common_px_size', 'train_segmentation',
            'options', 'train_command']
 
-# %% ../../nbs/73_workflows.train.ipynb #3a4eac14
+# %% ../../nbs/73_workflows.train.ipynb #9e091d99
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from inspect import Parameter, Signature
@@ -29,7 +29,7 @@ from ..models.unet import create_unet
 from ..training.fit_segment import FitOptions, FitResult, fit_segment
 from ..training.transfer import transfer_weights
 
-# %% ../../nbs/73_workflows.train.ipynb #374103d1
+# %% ../../nbs/73_workflows.train.ipynb #8e15e3c7
 CLASSES = {"mito": "mitochondrion", "glom": "glomerulus"}  # task, and the name of what it finds
 SCRATCH = "scratch"
 
@@ -45,6 +45,7 @@ class TrainRequest:
     split: dict[str, Any] = field(default_factory=dict)  # options of eq.data.split.split_cohort: scheme, k, fold, seed
     values: dict[str, Any] = field(default_factory=dict)  # keys of params.yaml, sections train and the task's
     resume: bool = False  # go on in `out`
+    prepared: Split | None = None  # a split made before; `source` and `split` are then not looked at
     quiet: bool = False  # no progress bar
 
     def __post_init__(self) -> None:
@@ -73,7 +74,7 @@ def settings(
             raise EqError(f"training option out of range: {str(error).splitlines()[1]} {str(error).splitlines()[2].strip()}") from error
     return made[0], made[1]
 
-# %% ../../nbs/73_workflows.train.ipynb #4139c1d5
+# %% ../../nbs/73_workflows.train.ipynb #6d760104
 def fit_options(
     train: TrainConfig,  # Section train
     task: TaskConfig,  # Section of the task
@@ -114,7 +115,7 @@ def common_px_size(
         raise EqError(f"{cohort.name}: pixel sizes {sorted(sizes)} um (and {int(cohort.table['px_size_um'].isna().sum())} unknown) are mixed; train on one")
     return sizes.pop() if sizes else None
 
-# %% ../../nbs/73_workflows.train.ipynb #5abca98d
+# %% ../../nbs/73_workflows.train.ipynb #811a1087
 def _train(request: TrainRequest, split: Split, run: Run) -> FitResult:
     "Reads, builds, fits; inside a run that writes the manifest."
     train, task = settings(request.task, request.values)
@@ -137,25 +138,29 @@ def _train(request: TrainRequest, split: Split, run: Run) -> FitResult:
     return result
 
 
+def _cohort(request: TrainRequest) -> Cohort:
+    cohort = request.source if isinstance(request.source, Cohort) else load_source(request.source)
+    if cohort.task not in ("", request.task):
+        raise EqError(f"source {cohort.name!r} holds masks for {cohort.task!r}, not for {request.task!r}; `eq data list` shows the others")
+    return cohort
+
+
 def train_segmentation(
     request: TrainRequest,  # What to train on what, and how
 ) -> FitResult:  # Its `.folder` holds the checkpoint and the manifest
     "Trains in a run folder. Raises EqError for bad images (all of them listed), bad options, leaks and full disks; what was finished is kept."
     settings(request.task, request.values)
-    cohort = request.source if isinstance(request.source, Cohort) else load_source(request.source)
-    if cohort.task not in ("", request.task):
-        raise EqError(f"source {cohort.name!r} holds masks for {cohort.task!r}, not for {request.task!r}; `eq data list` shows the others")
-    split = split_cohort(cohort, **request.split)
+    split = request.prepared or split_cohort(_cohort(request), **request.split)
     for part in (split.train, split.validate):
         require_good_pairs(part, allow_empty=True)
-    params = {"task": request.task, "source": cohort.name, "start": str(request.start), "split": request.split, "values": request.values}
+    params = {"task": request.task, "source": split.train.name, "start": str(request.start), "split": request.split, "values": request.values}
     with start_run(f"train-{request.task}", request.out, params, resume=request.resume) as run:
-        run.log.info(f"training {request.task} on {cohort.name}", train=len(split.train), validate=len(split.validate), unit=split.unit)
+        run.log.info(f"training {request.task} on {split.train.name}", train=len(split.train), validate=len(split.validate), unit=split.unit)
         result = _train(request, split, run)
         run.log.info("trained", validation_dice=round(result.meta.metrics["validation_dice"], 3), crops=result.crops, seconds=round(result.seconds))
     return result
 
-# %% ../../nbs/73_workflows.train.ipynb #47df42cb
+# %% ../../nbs/73_workflows.train.ipynb #598e0394
 HELP = {"source": "Registered source, cohort CSV, or folder of images and masks", "out": "Run folder [default: a new one below outputs/]",
         "start": "'scratch', or the checkpoint folder to start from", "scheme": "How images are split [default: what the source declares]",
         "fold": "Which fold is the test part (grouped k-fold)", "resume": "Go on in --out from its last checkpoint"}
@@ -179,7 +184,7 @@ def options(
             for n, f in fields.items()]
     return first + keys
 
-# %% ../../nbs/73_workflows.train.ipynb #bb85a24e
+# %% ../../nbs/73_workflows.train.ipynb #37ee855a
 def train_command(
     task: str,  # "mito" or "glom"
 ) -> Callable[..., None]:  # For Typer
