@@ -135,7 +135,8 @@ def test_scores_are_joined_and_leftovers_listed(tmp_path: Path, kind: str) -> No
     assert "1 names in the sheet without a score:\n  m3_a" in said
     assert "3 images without a score:" in said and "m4_a.png" in said
     scored = load_cohort(tmp_path / "scored.csv").table
-    assert dict(zip([Path(p).stem for p in scored["image"]], scored["score"].fillna(-1), strict=True)) == {"m1_a": 2, "m1_b": -1, "m2_a": 0.5, "m3_a": -1, "m4_a": -1}
+    assert [Path(p).stem for p in scored["image"]] == ["m1_a", "m1_b", "m2_a", "m3_a", "m4_a"]
+    assert scored["score"].fillna(-1).tolist() == [2, -1, 0.5, -1, -1]
     assert run("scores", path, "--source", folder, "--out", tmp_path / "strict.csv", "--strict")[0] == 1
 
 
@@ -153,9 +154,10 @@ def test_scores_of_animals_go_to_their_images(tmp_path: Path) -> None:
 def test_the_columns_can_be_named(tmp_path: Path) -> None:
     folder = fill(tmp_path / "mine", "side by side")
     (tmp_path / "sheet.csv").write_text("a,b\nm1_a,1\n")
+    asked = ("scores", tmp_path / "sheet.csv", "--source", folder, "--out", tmp_path / "x.csv")
     with pytest.raises(EqError, match="no column for the subject"):
-        run("scores", tmp_path / "sheet.csv", "--source", folder, "--out", tmp_path / "x.csv")
-    assert run("scores", tmp_path / "sheet.csv", "--source", folder, "--out", tmp_path / "x.csv", "--column", "image=a", "--column", "score=b")[0] == 0
+        run(*asked)
+    assert run(*asked, "--column", "image=a", "--column", "score=b")[0] == 0
 
 
 def spoil(folder: Path) -> dict[str, str]:
@@ -176,6 +178,16 @@ def test_validate_lists_every_bad_pair_at_once(tmp_path: Path) -> None:
     assert code == 1 and "5 problems in 5 of 5 images" in said
     for name, problem in wrong.items():
         assert any(line.strip().startswith(problem) and name in line for line in said.splitlines()), (name, problem, said)
+
+
+def test_patches_are_a_source_and_keep_the_split(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "mine", "side by side")
+    run("organize", folder, "--subject", "(m[0-9]+)_", "--task", "glom")
+    code, said = run("export-patches", folder, "--out", tmp_path / "patches", "--size", "8", "--overlap", "2")
+    assert code == 0 and "45 patches of 5 images" in said  # 3 x 3 tiles cover 16 x 20
+    patches = load_source(said.rsplit(": ", 1)[-1].strip())
+    assert (patches.units, patches.split_unit, patches.task) == (["m1", "m2", "m3", "m4"], "subject", "glom")
+    assert run("validate", tmp_path / "patches" / "patches.csv", "--allow-empty")[0] == 0
 
 
 def test_list_names_every_source_without_opening_any(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +234,8 @@ def test_bad_input_is_one_line_and_exit_code_2(case: str, tmp_path: Path, capsys
 
 
 def test_listing_sources_imports_no_network() -> None:
-    code = "import sys; from eq.workflows.cli import main; main(['data', 'list']); print([m for m in ('torch', 'fastai', 'cv2', 'skimage') if m in sys.modules])"
+    heavy = "[m for m in ('torch', 'fastai', 'cv2', 'skimage') if m in sys.modules]"
+    code = f"import sys; from eq.workflows.cli import main; main(['data', 'list']); print({heavy})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"EQ__DATA__ROOT": "/nonexistent"})
     assert out.stdout.splitlines()[-1] == "[]", out.stdout + out.stderr
 

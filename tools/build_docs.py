@@ -202,7 +202,7 @@ PAGE = """<!DOCTYPE html>
 <link rel="stylesheet" href="{up}styles.css"><link rel="stylesheet" href="{up}code.css"></head>
 <body class="fallback"><nav class="side"><a class="brand" href="{up}index.html">eq</a>
 <p class="claim">From kidney images to a treatment effect that can be defended</p>
-{navigation}</nav><main><header><h1>{title}</h1><p class="lead">{lead}</p></header>
+{navigation}</nav><main><header><h1>{heading}</h1><p class="lead">{lead}</p></header>
 {body}<footer class="turn">{turn}</footer></main>{contents}</body></html>
 """
 
@@ -217,7 +217,7 @@ def navigation(found: list[Page], here: Page, up: str) -> str:
             html += f"<details{unfolded}><summary>{escape(page.section)}</summary><ul>" if page.section else ""
             section = page.section
         current = ' class="here" aria-current="page"' if page == here else ""
-        link = f'<a{current} href="{up}{page.target}">{escape(page.title)}</a>'
+        link = f'<a{current} href="{up}{page.target}">{with_code(page.title)}</a>'
         html += f"<li>{link}</li>" if page.section else f'<p class="top">{link}</p>'
     return html + ("</ul></details>" if section else "")
 
@@ -246,9 +246,9 @@ def render_nbconvert(found: list[Page], proc: Path, docs: Path) -> None:
     for n, page in enumerate(found):
         up = "../" * page.target.count("/")
         before, after = (found[n - 1] if n else None), (found[n + 1] if n + 1 < len(found) else None)
-        turn = "".join(f'<a class="{c}" href="{up}{p.target}">{escape(p.title)}</a>' for c, p in (("before", before), ("after", after)) if p)
+        turn = "".join(f'<a class="{c}" href="{up}{p.target}">{with_code(p.title)}</a>' for c, p in (("before", before), ("after", after)) if p)
         soup = soups[page.target]
-        about = {"title": escape(page.title), "lead": with_code(page.lead), "about": escape(page.lead.replace("`", "")), "up": up, "turn": turn}
+        about = {"title": escape(page.title.replace("`", "")), "heading": with_code(page.title), "lead": with_code(page.lead), "about": escape(page.lead.replace("`", "")), "up": up, "turn": turn}
         text = PAGE.format(**about, navigation=navigation(found, page, up), body=soup, contents=on_this_page(soup))
         (docs / page.target).parent.mkdir(exist_ok=True)
         (docs / page.target).write_text(text, encoding="utf-8")

@@ -6,7 +6,7 @@
 __all__ = ['Ring', 'OBJECT_TYPES', 'trace_polygons', 'fill_rings', 'class_colour', 'labels_to_geojson', 'write_geojson',
            'geojson_to_labels', 'read_geojson']
 
-# %% ../../nbs/16_data.annotations.ipynb #c9a3d9ac
+# %% ../../nbs/16_data.annotations.ipynb #68ebb751
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ from ..core.files import read_json, write_text
 from ..core.registry import EqError
 from .pxsize import checked_px_size
 
-# %% ../../nbs/16_data.annotations.ipynb #53cc67e1
+# %% ../../nbs/16_data.annotations.ipynb #86cf0974
 Ring = np.ndarray  # (N, 2) int64 of x, y, not closed
 _AHEAD = ((0, 1), (1, 0), (0, -1), (-1, 0))  # along the top, right, bottom and left side of a pixel: y, x
 _OUT = ((-1, 0), (0, 1), (1, 0), (0, -1))
@@ -46,7 +46,7 @@ def _edges(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     pixel, side = np.concatenate(pixels), np.concatenate(sides)
     return pixel, side, np.searchsorted(side * flat.size + pixel, np.concatenate(targets))
 
-
+# %% ../../nbs/16_data.annotations.ipynb #b63ab1f0
 def _rings(mask: np.ndarray) -> Iterator[tuple[Ring, int]]:
     # simple rings of corners in padded coordinates, each with one foreground pixel that it belongs to
     pixel, side, following = _edges(mask)
@@ -64,7 +64,7 @@ def _rings(mask: np.ndarray) -> Iterator[tuple[Ring, int]]:
         if path:
             yield from ((corners[part], int(pixel[part[0]])) for part in _simple(path, corners))
 
-
+# %% ../../nbs/16_data.annotations.ipynb #0838c681
 def _simple(path: list[int], corners: np.ndarray) -> Iterator[list[int]]:
     # cuts a closed path wherever it comes back to a corner it has been at
     points = list(map(tuple, corners[path].tolist()))
@@ -84,7 +84,7 @@ def _simple(path: list[int], corners: np.ndarray) -> Iterator[list[int]]:
         open_path.append(edge)
     yield open_path
 
-# %% ../../nbs/16_data.annotations.ipynb #e65de011
+# %% ../../nbs/16_data.annotations.ipynb #5e90ad7f
 def _signed_area(ring: Ring) -> float:
     x, y = ring[:, 0], ring[:, 1]
     return float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum()) / 2
@@ -112,7 +112,7 @@ def trace_polygons(
             holes.setdefault(part, []).append(placed)
     return [[outlines[part], *holes.get(part, [])] for part in sorted(outlines)]
 
-# %% ../../nbs/16_data.annotations.ipynb #af4df6bc
+# %% ../../nbs/16_data.annotations.ipynb #264e389b
 def fill_rings(
     rings: list[np.ndarray],  # Each (N, 2) of x, y in pixels
     height: int,  # Rows of the result
@@ -131,7 +131,7 @@ def fill_rings(
         np.bitwise_xor.at(toggles, (row, np.clip(np.ceil(crossing - 0.5), 0, width).astype(int)), 1)
     return np.bitwise_xor.accumulate(toggles, axis=1)[:, :width].astype(bool)
 
-# %% ../../nbs/16_data.annotations.ipynb #eef36ffb
+# %% ../../nbs/16_data.annotations.ipynb #83680002
 OBJECT_TYPES = ("annotation", "detection")
 _COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 
@@ -152,9 +152,10 @@ def _feature(label: int, mask: np.ndarray, corner: tuple[int, int], scale: float
     parts = [[_coordinates(ring, scale) for ring in part] for part in trace_polygons(mask, *corner)]
     geometry = {"type": "Polygon", "coordinates": parts[0]} if len(parts) == 1 else {"type": "MultiPolygon", "coordinates": parts}
     name = f"{properties['classification']['name']} {label}"
-    return {"type": "Feature", "id": str(uuid5(NAMESPACE_OID, f"{name} {parts[0][0][0]}")), "geometry": geometry, "properties": properties | {"name": name}}
+    identity = str(uuid5(NAMESPACE_OID, f"{name} {parts[0][0][0]}"))
+    return {"type": "Feature", "id": identity, "geometry": geometry, "properties": properties | {"name": name}}
 
-
+# %% ../../nbs/16_data.annotations.ipynb #32b5ec96
 def labels_to_geojson(
     labels: np.ndarray,  # (H, W) whole numbers, 0 is background
     px_size_um: float | None = None,  # Of the full resolution; None gives no area in um2
@@ -168,22 +169,27 @@ def labels_to_geojson(
         raise EqError(f"labels are {labels.dtype} of shape {labels.shape}; expected whole numbers of shape (H, W)")
     if object_type not in OBJECT_TYPES or not (scale > 0 and math.isfinite(scale)):
         raise EqError(f"object type {object_type!r}, scale {scale}; valid: one of {list(OBJECT_TYPES)}, a positive scale")
+    um2 = None if px_size_um is None else checked_px_size(px_size_um) ** 2
     numbers, features = labels.astype(np.int32, copy=False), []
     for label, where in enumerate(ndimage.find_objects(numbers), start=1):
         if where is None:
             continue
-        mask, corner = numbers[where] == label, (where[0].start, where[1].start)
-        name = classification if isinstance(classification, str) else classification.get(label)
-        if name is None:
-            raise EqError(f"object {label} has no class; the classification names {sorted(classification)[:20]}")
-        area = float(mask.sum()) * scale**2
-        found = {"Label": label, "Area px^2": area} | ({} if px_size_um is None else {"Area um^2": area * checked_px_size(px_size_um) ** 2})
+        mask = numbers[where] == label
+        area = float(np.count_nonzero(mask) * scale**2)
+        found = {"Label": label, "Area px^2": area} | ({} if um2 is None else {"Area um^2": area * um2})
         found |= {k: float(v) for k, v in (measurements or {}).get(label, {}).items() if math.isfinite(v)}
-        properties = {"objectType": object_type, "classification": {"name": name, "color": class_colour(name)}, "isLocked": False, "measurements": found}
-        features.append(_feature(label, mask, corner, scale, properties))
+        properties = {"objectType": object_type, "classification": _class_of(label, classification), "isLocked": False, "measurements": found}
+        features.append(_feature(label, mask, (where[0].start, where[1].start), scale, properties))
     return {"type": "FeatureCollection", "features": features}
 
-# %% ../../nbs/16_data.annotations.ipynb #b7567a25
+
+def _class_of(label: int, classification: str | Mapping[int, str]) -> dict[str, Any]:
+    name = classification if isinstance(classification, str) else classification.get(label)
+    if name is None:
+        raise EqError(f"object {label} has no class; the classification names {sorted(classification)[:20]}")
+    return {"name": name, "color": class_colour(name)}
+
+# %% ../../nbs/16_data.annotations.ipynb #3eec3c8a
 def write_geojson(
     path: str | Path,  # Final name, usually *.geojson
     collection: dict[str, Any],  # From `labels_to_geojson`
@@ -192,7 +198,7 @@ def write_geojson(
     lines = ",\n".join(json.dumps(f, ensure_ascii=False, allow_nan=False, separators=(",", ":")) for f in collection["features"])
     return write_text(path, '{"type":"FeatureCollection","features":[\n' + lines + "\n]}\n")
 
-
+# %% ../../nbs/16_data.annotations.ipynb #6b1ad61d
 def _feature_rings(feature: Any, number: int) -> list[np.ndarray]:
     geometry = feature.get("geometry") if isinstance(feature, dict) else None
     kind = geometry.get("type") if isinstance(geometry, dict) else None
@@ -208,6 +214,24 @@ def _feature_rings(feature: Any, number: int) -> list[np.ndarray]:
     return rings
 
 
+def _label_of(feature: dict[str, Any]) -> int | None:
+    properties = feature.get("properties")
+    found = properties.get("measurements") if isinstance(properties, dict) else None
+    value = found.get("Label") if isinstance(found, dict) else None
+    return int(value) if isinstance(value, (int, float)) and 1 <= value < 2**31 and value == int(value) else None
+
+# %% ../../nbs/16_data.annotations.ipynb #5db560b7
+def _draw(labels: np.ndarray, rings: list[np.ndarray], label: int) -> bool:
+    # draws one feature inside its bounding box; False where it covers no pixel
+    height, width = labels.shape
+    points = np.clip(np.concatenate(rings), -1, [width + 1, height + 1])
+    x0, y0 = (max(0, int(v)) for v in np.floor(points.min(axis=0)))
+    x1, y1 = min(width, math.ceil(points[:, 0].max())), min(height, math.ceil(points[:, 1].max()))
+    inside = fill_rings([ring - (x0, y0) for ring in rings], max(0, y1 - y0), max(0, x1 - x0))
+    labels[y0:y1, x0:x1][inside] = label
+    return bool(inside.any())
+
+# %% ../../nbs/16_data.annotations.ipynb #60cad928
 def geojson_to_labels(
     content: Any,  # Parsed GeoJSON: a FeatureCollection, a list of features or one feature
     height: int,  # Rows of the result
@@ -218,30 +242,18 @@ def geojson_to_labels(
     features = content.get("features", [content]) if isinstance(content, dict) else content
     if not isinstance(features, list):
         raise EqError(f"expected GeoJSON features, found {type(features).__name__}")
-    rings = [_feature_rings(feature, number) for number, feature in enumerate(features)]
-    given = [_label_of(feature) for feature in features]
-    numbers = [n for n in given if n is not None]
+    outlines = [[ring / scale for ring in _feature_rings(feature, number)] for number, feature in enumerate(features)]
+    numbers = [n for n in map(_label_of, features) if n is not None]
     if len(set(numbers)) != len(features):
         numbers = list(range(1, len(features) + 1))
     labels = np.zeros((height, width), np.int32)
-    for position, (label, outline) in enumerate(zip(numbers, rings, strict=True)):
-        points = np.clip(np.concatenate(outline) / scale, -1, [width + 1, height + 1])
-        x0, y0 = (max(0, int(v)) for v in np.floor(points.min(axis=0)))
-        x1, y1 = min(width, math.ceil(points[:, 0].max())), min(height, math.ceil(points[:, 1].max()))
-        inside = fill_rings([ring / scale - (x0, y0) for ring in outline], max(0, y1 - y0), max(0, x1 - x0))
-        if not inside.any():
-            raise EqError(f"feature {position} covers no pixel of the {height}x{width} image; coordinates are pixels, origin top left, scale {scale:g}")
-        labels[y0:y1, x0:x1][inside] = label
+    for position, (label, rings) in enumerate(zip(numbers, outlines, strict=True)):
+        if not _draw(labels, rings, label):
+            place = f"the {height}x{width} image; coordinates are pixels, origin top left, scale {scale:g}"
+            raise EqError(f"feature {position} covers no pixel of {place}")
     return labels
 
-
-def _label_of(feature: dict[str, Any]) -> int | None:
-    properties = feature.get("properties")
-    found = properties.get("measurements") if isinstance(properties, dict) else None
-    value = found.get("Label") if isinstance(found, dict) else None
-    return int(value) if isinstance(value, (int, float)) and 1 <= value < 2**31 and value == int(value) else None
-
-
+# %% ../../nbs/16_data.annotations.ipynb #21916e6b
 def read_geojson(
     path: str | Path,  # A GeoJSON file
     height: int,  # Rows of the image it belongs to

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCES', 'Source', 'require_folder', 'image_files', 'add_source']
 
-# %% ../../nbs/19_data.catalogue.ipynb #e23d7a4b
+# %% ../../nbs/19_data.catalogue.ipynb #82b7dfe9
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..core.registry import EqError, Registry, unknown_name
 from .cohort import USES, Cohort
 from .io import is_image_path
 
-# %% ../../nbs/19_data.catalogue.ipynb #f07c61c1
+# %% ../../nbs/19_data.catalogue.ipynb #0074e881
 @dataclass(frozen=True)
 class Source:
     "A set of images: what it is, its terms, and how its table is made from its folder."
@@ -64,7 +64,7 @@ class Source:
 
 SOURCES: Registry[Source] = Registry("source")
 
-# %% ../../nbs/19_data.catalogue.ipynb #fdc37091
+# %% ../../nbs/19_data.catalogue.ipynb #7bd11f5f
 def require_folder(
     name: str,  # Of the source
     folder: Path,  # Where its images should be

@@ -6,8 +6,7 @@
 __all__ = ['TEXT_COLUMNS', 'NUMBER_COLUMNS', 'COLUMNS', 'PARTS', 'PURPOSES', 'USES', 'natural_key', 'normalise_table',
            'coarsest_unit', 'CohortInfo', 'CohortTable', 'Cohort', 'info_path', 'save_cohort', 'load_cohort']
 
-# %% ../../nbs/12_data.cohort.ipynb #49155a5d
-import json
+# %% ../../nbs/12_data.cohort.ipynb #3ef755df
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,10 +16,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.files import atomic_write, write_json
+from ..core.files import atomic_write, read_json, write_json
 from ..core.registry import EqError, unknown_name
 
-# %% ../../nbs/12_data.cohort.ipynb #78967965
+# %% ../../nbs/12_data.cohort.ipynb #b0fd9fc9
 TEXT_COLUMNS = ("image", "mask", "mask_coding", "subject", "group", "section", "block", "part", "rater")
 NUMBER_COLUMNS = ("score", "px_size_um")
 COLUMNS = TEXT_COLUMNS + NUMBER_COLUMNS
@@ -36,24 +35,34 @@ def natural_key(
     pieces = re.split(r"(\d+)", str(text))
     return [(0, int(p), "") if p.isdigit() else (1, 0, p.casefold()) for p in pieces if p]
 
-# %% ../../nbs/12_data.cohort.ipynb #5b533495
-def _text(column: pd.Series) -> pd.Series:
+# %% ../../nbs/12_data.cohort.ipynb #0dd37e67
+def _text(value: Any) -> str:
     # 3.0 from a spreadsheet is the animal "3"; missing is the empty string
-    def one(value: Any) -> str:
-        if value is None or (isinstance(value, float) and np.isnan(value)) or value is pd.NA:
-            return ""
-        return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
-
-    return column.map(one).astype(object)
+    if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
-def _number(column: pd.Series, name: str) -> pd.Series:
-    blank = column.map(lambda v: v is None or str(v).strip().casefold() in ("", "nan", "none", "<na>"))
-    out = pd.to_numeric(column.where(~blank), errors="coerce").astype(float)
-    bad = column[(out.isna() | np.isinf(out)) & ~blank]
-    if len(bad):
-        raise EqError(f"column {name!r} holds {bad.iloc[0]!r} in row {list(column.index).index(bad.index[0])}; expected a number or nothing")
-    return out
+def _number(value: Any, where: str) -> float:
+    if (text := _text(value)).casefold() in ("", "nan", "none", "<na>"):
+        return float("nan")
+    try:
+        number = float(text)
+    except ValueError as error:
+        raise EqError(f"{where} holds {value!r}; expected a number or nothing") from error
+    if not np.isfinite(number):
+        raise EqError(f"{where} holds {value!r}; expected a finite number or nothing")
+    return number
+
+# %% ../../nbs/12_data.cohort.ipynb #95f64ee8
+def _check_values(table: pd.DataFrame) -> None:
+    images, parts, sizes = list(table["image"]), set(table["part"]), np.asarray(table["px_size_um"], float)
+    if "" in images:
+        raise EqError(f"row {images.index('')} of the cohort table names no image")
+    if bad := sorted(parts - set(PARTS)):
+        raise unknown_name("part", bad[0], [p for p in PARTS if p])
+    if len(wrong := np.flatnonzero(sizes <= 0)):
+        raise EqError(f"px_size_um is {sizes[wrong[0]]:g} for {images[wrong[0]]}; expected a positive number or nothing")
 
 
 def normalise_table(
@@ -62,27 +71,24 @@ def normalise_table(
     "The common shape of cohort tables. Raises EqError for a missing `image` column, bad numbers, parts or pixel sizes."
     if "image" not in table.columns:
         raise EqError(f"a cohort table needs an 'image' column; found {list(table.columns)}")
-    out = table.reset_index(drop=True).copy()
-    for name in TEXT_COLUMNS:
-        out[name] = _text(out[name]) if name in out else pd.Series([""] * len(out), dtype=object)
-    for name in NUMBER_COLUMNS:
-        out[name] = _number(out[name], name) if name in out else pd.Series([np.nan] * len(out), dtype=float)
-    if (out["image"] == "").any():
-        raise EqError(f"row {int(np.flatnonzero(out['image'] == '')[0])} of the cohort table names no image")
-    if (bad := sorted(set(out["part"]) - set(PARTS))):
-        raise unknown_name("part", bad[0], [p for p in PARTS if p])
-    if (wrong := out["px_size_um"] <= 0).any():
-        raise EqError(f"px_size_um is {out['px_size_um'][wrong].iloc[0]} for {out['image'][wrong].iloc[0]}; expected a positive number or nothing")
-    return out[[*COLUMNS, *(c for c in out.columns if c not in COLUMNS)]]
+    n = len(table)
+    given = {str(c): list(table[c]) for c in table.columns}
+    texts = {c: pd.Series([_text(v) for v in given.get(c, [""] * n)], dtype=object) for c in TEXT_COLUMNS}
+    numbers = {c: [_number(v, f"column {c!r}, row {i},") for i, v in enumerate(given.get(c, [None] * n))] for c in NUMBER_COLUMNS}
+    out = pd.DataFrame(texts | {c: pd.Series(v, dtype=float) for c, v in numbers.items()}, columns=list(COLUMNS))
+    for name in table.columns.drop([c for c in COLUMNS if c in table.columns]):
+        out[name] = table[name].reset_index(drop=True)  # further columns keep their types
+    _check_values(out)
+    return out
 
-# %% ../../nbs/12_data.cohort.ipynb #6a4bd6c2
+# %% ../../nbs/12_data.cohort.ipynb #35d2a9f8
 def coarsest_unit(
     table: pd.DataFrame,  # A normalised table
 ) -> str:  # "subject", "block", "section" or "image"
     "The first of subject, block, section that every row fills; the image where none does."
-    return next((c for c in ("subject", "block", "section") if len(table) and (table[c] != "").all()), "image")
+    return next((c for c in ("subject", "block", "section") if len(table) and "" not in set(table[c])), "image")
 
-# %% ../../nbs/12_data.cohort.ipynb #e70b848b
+# %% ../../nbs/12_data.cohort.ipynb #4bc44157
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CohortInfo:
     "What holds for all images of a cohort."
@@ -110,7 +116,7 @@ class CohortInfo:
         if purpose not in USES[self.use]:
             raise EqError(f"{self.name} may not be used to {purpose}: its terms allow {' and '.join(USES[self.use])} only ({self.terms})")
 
-# %% ../../nbs/12_data.cohort.ipynb #4a6952fd
+# %% ../../nbs/12_data.cohort.ipynb #0f03a108
 @dataclass(frozen=True, eq=False)
 class CohortTable(CohortInfo):
     "A checked table: one row an image (and rater), every row with its unit of splitting."
@@ -124,10 +130,11 @@ class CohortTable(CohortInfo):
             raise unknown_name("use", self.use, list(USES))
         if self.split_unit not in self.table.columns:
             raise unknown_name("split unit", self.split_unit, list(self.table.columns))
-        if (empty := self.table[self.split_unit].astype(str).isin(["", "nan"])).any():
-            raise EqError(f"{self.name}: {self.table['image'][empty].iloc[0]} has no {self.split_unit}, the unit of splitting; fill that column")
-        if (twice := self.table.duplicated(["image", "rater"])).any():
-            raise EqError(f"{self.name}: {self.table['image'][twice].iloc[0]} occurs twice with the same rater")
+        images, units = list(self.table["image"]), [_text(u) for u in self.table[self.split_unit]]
+        if "" in units:
+            raise EqError(f"{self.name}: {images[units.index('')]} has no {self.split_unit}, the unit of splitting; fill that column")
+        if len(twice := np.flatnonzero(self.table.duplicated(["image", "rater"]))):
+            raise EqError(f"{self.name}: {images[twice[0]]} occurs twice with the same rater")
 
     @property
     def units(self) -> list[str]:  # In natural order
@@ -137,7 +144,7 @@ class CohortTable(CohortInfo):
     def __len__(self) -> int:
         return len(self.table)
 
-# %% ../../nbs/12_data.cohort.ipynb #af86bc4f
+# %% ../../nbs/12_data.cohort.ipynb #d832055d
 class Cohort(CohortTable):
     "Images with masks, scores and origin. Rows that share a value of `split_unit` are never parted."
 
@@ -165,7 +172,7 @@ class Cohort(CohortTable):
     def __repr__(self) -> str:
         return f"Cohort({self.name!r}: {len(self)} images, {len(self.units)} of {self.split_unit!r}, task {self.task!r})"
 
-# %% ../../nbs/12_data.cohort.ipynb #f53c3e28
+# %% ../../nbs/12_data.cohort.ipynb #d187fcd1
 def info_path(
     csv: str | Path,  # A cohort CSV
 ) -> Path:  # Where its JSON companion lies
@@ -192,7 +199,7 @@ def save_cohort(
         table.to_csv(temp, index=False)
     return csv
 
-# %% ../../nbs/12_data.cohort.ipynb #37fb519b
+# %% ../../nbs/12_data.cohort.ipynb #a2413e3b
 def _absolute(path: str, base: Path) -> str:
     return str((base / Path(path).expanduser()).resolve()) if path else ""
 
@@ -200,10 +207,11 @@ def _absolute(path: str, base: Path) -> str:
 def _read_info(csv: Path) -> dict[str, Any]:
     if not info_path(csv).is_file():
         return {}
-    info = json.loads(info_path(csv).read_text(encoding="utf-8"))
+    info = read_json(info_path(csv))
     valid = {f.name for f in fields(CohortInfo)}
-    if not isinstance(info, dict) or (strange := sorted(set(info) - valid)):
-        raise EqError(f"{info_path(csv)} is not the companion of a cohort CSV: unknown {strange if isinstance(info, dict) else type(info).__name__}")
+    strange = sorted(set(info) - valid) if isinstance(info, dict) else [type(info).__name__]
+    if strange:
+        raise EqError(f"{info_path(csv)} is not the companion of a cohort CSV: unknown {strange}")
     return info
 
 
@@ -220,5 +228,5 @@ def load_cohort(
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise EqError(f"{csv} cannot be read as a CSV: {error}") from error
     for name in {"image", "mask"} & set(table.columns):
-        table[name] = [_absolute(p.strip(), csv.parent) for p in table[name]]
+        table[name] = [_absolute(str(p).strip(), csv.parent) for p in table[name]]
     return Cohort(table, **{"name": csv.stem, **_read_info(csv), **info})

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['counted', 'image_facts', 'describe_cohort']
 
-# %% ../../nbs/12e_data.describe.ipynb #85647ce0
+# %% ../../nbs/12e_data.describe.ipynb #b164f1d4
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +17,7 @@ from .cohort import Cohort
 from .io import open_image
 from .mask import MASK_CODINGS
 
-# %% ../../nbs/12e_data.describe.ipynb #11f0cd6c
+# %% ../../nbs/12e_data.describe.ipynb #1056588c
 def counted(
     values: Iterable[object],  # Anything; empty text is passed over
     most: int = 6,  # So many are named
@@ -27,7 +27,7 @@ def counted(
     named = [f"{name} {n}" for name, n in sorted(counts.items(), key=lambda c: (-c[1], c[0]))]
     return ", ".join(named[:most]) + (f" and {len(named) - most} more" if len(named) > most else "")
 
-# %% ../../nbs/12e_data.describe.ipynb #c952cdeb
+# %% ../../nbs/12e_data.describe.ipynb #4b84b775
 def image_facts(
     cohort: Cohort,  # Whose files are opened, headers only
 ) -> pd.DataFrame:  # One row an image: size (width x height), type, px_size_um, px_size_source; "unreadable" where it is
@@ -56,7 +56,7 @@ def describe_cohort(
 ) -> dict[str, str]:  # Heading to text, in the order to be shown; what does not apply is absent
     "A cohort in a dozen lines."
     table, facts = cohort.table, image_facts(cohort)
-    codings = [c for c in table["mask_coding"] if c]
+    codings, parts = [c for c in table["mask_coding"] if c], [p or "left out" for p in table["part"]]
     meaning = "; ".join(f"{c}: {MASK_CODINGS[c].meaning}" for c in sorted(set(codings)) if c in MASK_CODINGS)
     lines = {
         "name": cohort.name + (" (synthetic)" if cohort.synthetic else ""),
@@ -65,9 +65,9 @@ def describe_cohort(
         "sizes": counted(facts["size"]),
         "pixels": counted(facts["type"]),
         "pixel size": _pixel_size(facts),
-        "masks": f"{(table['mask'] != '').sum()} ({meaning})" if codings else "none",
+        "masks": f"{sum(m != '' for m in table['mask'])} ({meaning})" if codings else "none",
         "split unit": f"{cohort.split_unit}, {len(cohort.units)} of them; no {cohort.split_unit} is ever in two parts",
-        "parts": counted(table["part"].replace("", "left out")) if (table["part"] != "").any() else "",
+        "parts": counted(parts) if set(parts) != {"left out"} else "",
         "usual split": cohort.scheme,
         **{name: counted(table[name]) for name in ("label", "group", "stain", "structure", "rater") if name in table},
         "scores": counted(f"{s:g}" for s in table["score"].dropna()),

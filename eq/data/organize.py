@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['guess_coding', 'mask_values', 'folder_coding', 'Layout', 'organize_folder']
 
-# %% ../../nbs/12d_data.organize.ipynb #3a8ffc9a
+# %% ../../nbs/12d_data.organize.ipynb #0e432a5b
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from .io import open_image
 from .mask import MASK_CODINGS
 from .pairs import Pair, PairReport, find_pairs
 
-# %% ../../nbs/12d_data.organize.ipynb #d6fffd2d
+# %% ../../nbs/12d_data.organize.ipynb #69d0adbc
 _LOOKED_AT = 20  # Masks that are read to recognise the coding of a folder
 _GREY_SPREAD = 40  # A compressed grey picture stored as RGB differs by less than this between channels
 
@@ -60,7 +60,7 @@ def mask_values(
         return image.rgb()[..., 0] > 127  # stored as 0 and 1, or 1 and 0
     return image.rgb() if image.layout.kind == "palette" else image.read_all()
 
-# %% ../../nbs/12d_data.organize.ipynb #0b9c409b
+# %% ../../nbs/12d_data.organize.ipynb #aa721738
 def folder_coding(
     masks: Sequence[Path],  # All masks of a folder
 ) -> str:  # The one coding that fits those that were looked at
@@ -70,10 +70,11 @@ def folder_coding(
         found[guess_coding(mask_values(masks[i]))].append(masks[i])
     found.pop("", None)
     if len(found) > 1:
-        raise EqError("masks are coded in different ways: " + ", ".join(f"{paths[0].name} as {c}" for c, paths in found.items()) + f"; name one of {MASK_CODINGS.names()}")
+        seen = ", ".join(f"{paths[0].name} as {coding}" for coding, paths in found.items())
+        raise EqError(f"masks are coded in different ways: {seen}; name one of {MASK_CODINGS.names()}")
     return next(iter(found), "grey127")
 
-# %% ../../nbs/12d_data.organize.ipynb #12e6902f
+# %% ../../nbs/12d_data.organize.ipynb #6dbab84b
 @dataclass(frozen=True)
 class Layout:
     "What the user says of a folder."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_WORDS', 'MASK_WORDS', 'PART_WORDS', 'role_and_key', 'Pair', 'PairReport', 'find_pairs']
 
-# %% ../../nbs/12c_data.pairs.ipynb #6758890e
+# %% ../../nbs/12c_data.pairs.ipynb #f6c25faa
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -14,9 +14,10 @@ from pathlib import Path
 from ..core.registry import EqError
 from .io import is_image_path, readable_suffixes
 
-# %% ../../nbs/12c_data.pairs.ipynb #e2565fa9
+# %% ../../nbs/12c_data.pairs.ipynb #ff4db41f
 IMAGE_WORDS = ("image", "images", "img", "imgs", "raw", "original", "originals")
-MASK_WORDS = ("mask", "masks", "label", "labels", "seg", "segmentation", "segmentations", "annotation", "annotations", "gt", "groundtruth", "ground_truth")
+MASK_WORDS = ("mask", "masks", "label", "labels", "seg", "segmentation", "segmentations", "annotation", "annotations")
+MASK_WORDS += ("gt", "groundtruth", "ground_truth")
 PART_WORDS = {"train": "train", "training": "train", "val": "validate", "valid": "validate", "validate": "validate", "validation": "validate"}
 PART_WORDS |= {"test": "test", "testing": "test"}
 _MASK_NAME = re.compile(rf"(?P<key>.+?)[ ._-](?:{'|'.join(MASK_WORDS)})(?:[ ._-][a-z]+)?", re.IGNORECASE)
@@ -36,7 +37,7 @@ def role_and_key(
     part = next((PART_WORDS[f] for f in folders if f in PART_WORDS), "")
     return ("mask" if is_mask else "image"), "/".join([*rest, name]).casefold(), part
 
-# %% ../../nbs/12c_data.pairs.ipynb #fd2b9135
+# %% ../../nbs/12c_data.pairs.ipynb #a2ea7f9c
 @dataclass(frozen=True)
 class Pair:
     "One image, its mask where there is one, and the part that its folders declare."
@@ -65,7 +66,7 @@ def _listed(folder: Path) -> list[Path]:
         raise EqError(f"no image ({', '.join(readable_suffixes())}) in {folder} or below")
     return files
 
-
+# %% ../../nbs/12c_data.pairs.ipynb #d3d903ef
 def find_pairs(
     folder: str | Path,  # Looked through with everything below it
 ) -> PairReport:  # Every image file of the folder occurs in it once

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PatchPlan', 'choose_patches', 'export_patches']
 
-# %% ../../nbs/14b_data.patches.ipynb #895c5915
+# %% ../../nbs/14b_data.patches.ipynb #efa50035
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .io import open_image, write_png
 from .mask import read_mask
 from .patch import plan_tiles
 
-# %% ../../nbs/14b_data.patches.ipynb #29f83123
+# %% ../../nbs/14b_data.patches.ipynb #41babd43
 @dataclass(frozen=True)
 class PatchPlan:
     "How a cohort is cut. Raises EqError for shares outside of 0 to 1."
@@ -33,7 +33,7 @@ class PatchPlan:
 
     def __post_init__(self) -> None:
         if not (0 <= self.min_positive < 1 and 0 <= self.background <= 1):
-            raise EqError(f"min_positive={self.min_positive}, background={self.background}; valid: shares, 0 <= min_positive < 1, 0 <= background <= 1")
+            raise EqError(f"min_positive={self.min_positive}, background={self.background}; valid: shares of 0 to 1, min_positive below 1")
 
 
 def choose_patches(
@@ -47,7 +47,7 @@ def choose_patches(
     kept = np.random.default_rng([plan.seed, row]).random(len(tiles)) < plan.background
     return [(t, s) for t, s, k in zip(tiles, shares, kept, strict=True) if s > plan.min_positive or k]
 
-# %% ../../nbs/14b_data.patches.ipynb #f36de973
+# %% ../../nbs/14b_data.patches.ipynb #ff402ee5
 def export_patches(
     cohort: Cohort,  # Images with masks
     out: str | Path,  # A new or empty folder
@@ -61,7 +61,8 @@ def export_patches(
     for number, row in enumerate(tqdm(cohort.table.to_dict("records"), "cutting patches", disable=None, leave=False)):
         image, mask = open_image(row["image"]), read_mask(row["mask"], row["mask_coding"] or "grey127")
         if mask.shape != (image.height, image.width):
-            raise EqError(f"mask {row['mask']} is {mask.shape[0]}x{mask.shape[1]}, image {row['image']} is {image.height}x{image.width} (height x width)")
+            sizes = f"is {mask.shape[0]}x{mask.shape[1]}, image {row['image']} is {image.height}x{image.width} (height x width)"
+            raise EqError(f"mask {row['mask']} {sizes}")
         for tile, share in choose_patches(mask, plan, number):
             name = f"{number:04}_{Path(row['image']).name.split('.')[0]}_y{tile.y}_x{tile.x}.png"
             where = {k: str((out / k / name).resolve()) for k in ("images", "masks")}

@@ -6,7 +6,8 @@
 __all__ = ['DEFLATE', 'BEST_RATIO', 'Region', 'CACHE_BYTES', 'CACHE_ROWS', 'Plane', 'check_plane', 'check_inflated',
            'decode_segment', 'read_contiguous', 'read_segments', 'SegmentCache']
 
-# %% ../../nbs/10d_data.segments.ipynb #6ed59e72
+# %% ../../nbs/10d_data.segments.ipynb #b8d2a8dd
+import math
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import numpy as np
 from ..core.registry import EqError
 from .pixels import MAX_SEGMENT_BYTES
 
-# %% ../../nbs/10d_data.segments.ipynb #b942e9bf
+# %% ../../nbs/10d_data.segments.ipynb #2ae4edf1
 DEFLATE = (8, 32946)
 BEST_RATIO = {1: 1, 5: 4096, 6: 2048, 7: 2048, 8: 1032, 32773: 64, 32946: 1032}  # decoded bytes that one stored byte can hold at most
 
@@ -33,33 +34,34 @@ class Plane:
     start: int | None
     jpegtables: bytes | None = None
 
-# %% ../../nbs/10d_data.segments.ipynb #df78f14f
+# %% ../../nbs/10d_data.segments.ipynb #f22ca762
 def check_plane(
     plane: Plane,  # What the tags say
     page: Any,  # The tifffile page that describes its type and size
     file_bytes: int,  # Size of the file
 ) -> None:
     "Raises EqError where offsets, byte counts and declared pixels cannot all be true."
-    need = int(np.prod(page.shaped, dtype=object)) * page.dtype.itemsize
+    need = math.prod(page.shaped) * page.dtype.itemsize
     if plane.start is not None:
         if plane.start + need > file_bytes:
             raise EqError(f"pixels end at byte {plane.start + need} of a file of {file_bytes} bytes: truncated")
         return
     ends = plane.offsets.astype(object) + plane.counts.astype(object)
-    if len(ends) == 0 or len(plane.offsets) != len(plane.counts) or len(ends) < int(np.prod(page.chunked, dtype=object)):
-        raise EqError(f"{len(plane.offsets)} offsets and {len(plane.counts)} byte counts for {np.prod(page.chunked)} strips or tiles")
+    if len(ends) == 0 or len(plane.offsets) != len(plane.counts) or len(ends) < math.prod(page.chunked):
+        raise EqError(f"{len(plane.offsets)} offsets and {len(plane.counts)} byte counts for {math.prod(page.chunked)} strips or tiles")
     if max(ends) > file_bytes:
         raise EqError(f"strip or tile {int(np.argmax(ends))} ends at byte {max(ends)} of a file of {file_bytes} bytes: truncated")
-    segment = int(np.prod(page.chunks, dtype=object)) * page.dtype.itemsize
+    segment = math.prod(page.chunks) * page.dtype.itemsize
     if segment > MAX_SEGMENT_BYTES:
         raise EqError(f"one strip or tile would decode to {segment / 2**30:.1f} GiB; save the image tiled")
     if ((plane.counts == 0) & (plane.offsets != 0)).any():
         raise EqError("a strip or tile has an offset and no bytes")
-    stored, bits = int(plane.counts.sum()), int(np.prod(page.shaped, dtype=object)) * page.bitspersample
-    if (plane.counts > 0).all() and stored * 8 * BEST_RATIO.get(page.compression, bits) < bits:
+    stored, bits = int(plane.counts.sum()), math.prod(page.shaped) * page.bitspersample
+    ratio = BEST_RATIO[int(page.compression)] if page.compression in BEST_RATIO else bits
+    if (plane.counts > 0).all() and stored * 8 * ratio < bits:
         raise EqError(f"declares {bits // 8} bytes of pixels, which {stored} stored bytes cannot hold")
 
-# %% ../../nbs/10d_data.segments.ipynb #dae60f94
+# %% ../../nbs/10d_data.segments.ipynb #865cdc8c
 _SAFE_INFLATE = 512 * 2**20
 
 
@@ -77,7 +79,7 @@ def check_inflated(
         if total > limit:
             raise EqError(f"a strip or tile inflates to more than the {limit} bytes it declares: refused")
 
-# %% ../../nbs/10d_data.segments.ipynb #bcd853a2
+# %% ../../nbs/10d_data.segments.ipynb #dc8cbc45
 def decode_segment(
     file: BinaryIO,  # The opened file
     plane: Plane,  # Where the segments are
@@ -92,11 +94,11 @@ def decode_segment(
         if len(data) != int(plane.counts[index]):
             raise EqError("the file became shorter while it was read")
         if page.compression in DEFLATE:
-            check_inflated(data, int(np.prod(page.chunks)) * page.dtype.itemsize)
+            check_inflated(data, math.prod(page.chunks) * page.dtype.itemsize)
     values, _, shape = page.decode(data, index, _fullsize=page.is_tiled, **extra)
     return np.full(shape, page.nodata, page.dtype)[0] if values is None else values[0]
 
-# %% ../../nbs/10d_data.segments.ipynb #ee435f32
+# %% ../../nbs/10d_data.segments.ipynb #0f444e1b
 Region = tuple[int, int, int, int]  # y, x, h, w
 
 
@@ -122,7 +124,7 @@ def read_contiguous(
                 raise EqError("the file became shorter while it was read")
         target[..., run : run + width] = raw
 
-# %% ../../nbs/10d_data.segments.ipynb #2d45107e
+# %% ../../nbs/10d_data.segments.ipynb #279e3373
 def read_segments(
     page: Any,  # The tifffile page that describes the plane
     region: Region,  # Inside the image
@@ -144,7 +146,7 @@ def read_segments(
                 part = values[top - i * tile_h : bottom - i * tile_h, left - j * tile_w : right - j * tile_w]
                 into[top - y : bottom - y, left - x : right - x] = part
 
-# %% ../../nbs/10d_data.segments.ipynb #2dd93bb6
+# %% ../../nbs/10d_data.segments.ipynb #ad529cab
 CACHE_BYTES = 64 * 2**20
 CACHE_ROWS = 1024
 

@@ -5,11 +5,9 @@
 # %% auto #0
 __all__ = ['FOLDER', 'load_folder', 'FolderSource', 'load_source', 'SOURCES', 'Source']
 
-# %% ../../nbs/19f_data.source.ipynb #15bdf5c4
+# %% ../../nbs/19f_data.source.ipynb #3641278a
 from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
 
 from ..core.paths import data_root
 from ..core.registry import EqError, unknown_name
@@ -20,7 +18,7 @@ from .organize import organize_folder
 
 _all_ = ["SOURCES", "Source"]
 
-# %% ../../nbs/19f_data.source.ipynb #2d6ff040
+# %% ../../nbs/19f_data.source.ipynb #07f0ebd2
 def load_folder(
     folder: str | Path,  # An organised folder, or one whose images and masks can be paired by name
 ) -> Cohort:  # Its images
@@ -54,7 +52,7 @@ FOLDER = add_source(
     )
 )
 
-# %% ../../nbs/19f_data.source.ipynb #bab610ea
+# %% ../../nbs/19f_data.source.ipynb #ecfc3d8a
 def load_source(
     name: str | Path,  # A name of SOURCES, a cohort CSV, or a folder of images
     root: str | Path | None = None,  # The data root; None: EQ__DATA__ROOT or its default. For "folder", the folder

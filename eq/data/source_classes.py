@@ -6,8 +6,9 @@
 __all__ = ['CT_BLOCK', 'KIDNEY_CT', 'NIH_NAME', 'PUBLICATION', 'CHEST_XRAY', 'class_files', 'unbroken_runs', 'kidney_ct_rows',
            'chest_patient', 'chest_xray_rows']
 
-# %% ../../nbs/19e_data.source_classes.ipynb #dc0216ae
+# %% ../../nbs/19e_data.source_classes.ipynb #6f86e27f
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from ..core.registry import EqError
 from .catalogue import Source, add_source, image_files
 from .split import contiguous_blocks, position
 
-# %% ../../nbs/19e_data.source_classes.ipynb #6147c718
+# %% ../../nbs/19e_data.source_classes.ipynb #f2e5552a
 CT_BLOCK = 15  # Slices a block
 
 
@@ -66,9 +67,10 @@ KIDNEY_CT = add_source(
     )
 )
 
-# %% ../../nbs/19e_data.source_classes.ipynb #49a0641a
+# %% ../../nbs/19e_data.source_classes.ipynb #3d3a9c76
 NIH_NAME = re.compile(r"(?P<patient>\d{8})_\d{3}")
-PUBLICATION = re.compile(r"(?P<key>.{4,}?)(?:[-_.]?(?:main\.pdf|\.pdf|fx\d|gr\d|fig|day|evolution|admission|12-hours|3-days|case)|_f\d|-g\d{3}|-PA$).*", re.IGNORECASE)
+_FIGURE = r"[-_.]?(?:main\.pdf|\.pdf|fx\d|gr\d|fig|day|evolution|admission|12-hours|3-days|case)|_f\d|-g\d{3}|-PA$"
+PUBLICATION = re.compile(rf"(?P<key>.{{4,}}?)(?:{_FIGURE}).*", re.IGNORECASE)
 
 
 def chest_patient(
@@ -90,8 +92,11 @@ def chest_xray_rows(
     "Radiographs with class, patient and, where there is one, the reason not to train on them."
     found = class_files(folder, ("No_findings", "Pneumonia", "Covid-19"))
     table = pd.DataFrame([{"image": str(p), "label": label, "subject": chest_patient(label, p)} for label, p in found])
-    both = table.groupby("subject")["label"].transform("nunique") > 1
-    covid = table["label"] == "Covid-19"
+    classes: defaultdict[str, set[str]] = defaultdict(set)
+    for subject, label in zip(table["subject"], table["label"], strict=True):
+        classes[subject].add(label)
+    both = [len(classes[s]) > 1 for s in table["subject"]]
+    covid = [label == "Covid-19" for label in table["label"]]
     return table.assign(not_for_training=np.where(both, "patient occurs in both classes", np.where(covid, "another source: secondary only", "")))
 
 

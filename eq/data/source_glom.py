@@ -6,7 +6,7 @@
 __all__ = ['GLOM_PAS_NEIGHBOURS', 'GLOM_PAS', 'SCLEROSIS_NAME', 'GLOM_SCLEROSIS', 'GLOM_NEPTUNE', 'glom_pas_rows',
            'glom_sclerosis_rows', 'glom_neptune_rows']
 
-# %% ../../nbs/19c_data.source_glom.ipynb #f78e83a2
+# %% ../../nbs/19c_data.source_glom.ipynb #ba39e987
 import re
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pandas as pd
 from ..core.registry import EqError
 from .catalogue import Source, add_source, image_files
 
-# %% ../../nbs/19c_data.source_glom.ipynb #717140a6
+# %% ../../nbs/19c_data.source_glom.ipynb #fae85433
 GLOM_PAS_NEIGHBOURS = (("10102", "10103"), ("10063", "10064"), ("10164", "10165"), ("10169", "10170"), ("10183", "10184"))
 
 
@@ -25,7 +25,8 @@ def glom_pas_rows(
     "Tiles with their masks; neighbouring tiles share a block."
     block = {tile: "+".join(pair) for pair in GLOM_PAS_NEIGHBOURS for tile in pair}
     keys = ("image", "mask", "mask_coding", "section", "block", "stain")
-    rows = [(str(p), str(folder / "masks" / f"{p.stem}.png"), "red127", p.stem, block.get(p.stem, p.stem), "PAS") for p in image_files(folder / "images")]
+    tiles = [(p, folder / "masks" / f"{p.stem}.png") for p in image_files(folder / "images")]
+    rows = [(str(image), str(mask), "red127", image.stem, block.get(image.stem, image.stem), "PAS") for image, mask in tiles]
     return pd.DataFrame(rows, columns=list(keys))
 
 
@@ -41,7 +42,7 @@ GLOM_PAS = add_source(
     )
 )
 
-# %% ../../nbs/19c_data.source_glom.ipynb #0a5356f1
+# %% ../../nbs/19c_data.source_glom.ipynb #5af8a6b7
 SCLEROSIS_NAME = re.compile(r"(?P<slide>(?P<stain>[A-Z]+)_I_\d+_S_\d+)_ROI_\d+")
 
 
@@ -71,7 +72,7 @@ GLOM_SCLEROSIS = add_source(
     )
 )
 
-# %% ../../nbs/19c_data.source_glom.ipynb #666aa3bc
+# %% ../../nbs/19c_data.source_glom.ipynb #60d56b1a
 def glom_neptune_rows(
     folder: Path,  # Holds capsule/ and tuft/, each with he/ and pas/
 ) -> pd.DataFrame:  # One row a patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WRITERS', 'SYNTHETIC_KIDNEY', 'SYNTHETIC_EM', 'synthetic_folder', 'load_synthetic', 'SyntheticSource']
 
-# %% ../../nbs/19g_data.source_synthetic.ipynb #1e33cff5
+# %% ../../nbs/19g_data.source_synthetic.ipynb #a94de8e5
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +20,9 @@ from ..core.registry import Registry
 from .catalogue import Source, add_source
 from .cohort import Cohort, load_cohort
 
-# %% ../../nbs/19g_data.source_synthetic.ipynb #ea7808ac
-WRITERS: Registry[str] = Registry("synthetic source")  # Name to the function of data.synthetic, by name: it imports OpenCV, and listing sources should not
+# %% ../../nbs/19g_data.source_synthetic.ipynb #ca259725
+# Name to a function of data.synthetic, by name: that module imports OpenCV, and listing sources should not
+WRITERS: Registry[str] = Registry("synthetic source")
 WRITERS.register("synthetic_kidney")("write_kidney_cohort")
 WRITERS.register("synthetic_em")("write_em_cohort")
 
@@ -50,7 +51,7 @@ def load_synthetic(
         getattr(synthetic, writer)(folder, seed=seed, **options)
     return load_cohort(csv)
 
-# %% ../../nbs/19g_data.source_synthetic.ipynb #52e67320
+# %% ../../nbs/19g_data.source_synthetic.ipynb #befe35e3
 @dataclass(frozen=True)
 class SyntheticSource(Source):
     "A source that is generated with the generator's defaults and seed 0."

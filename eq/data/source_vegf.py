@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VEGF_NAME', 'GLOM_VEGF', 'fill_polygons', 'read_imagej', 'roi_mask', 'glom_vegf_rows']
 
-# %% ../../nbs/19d_data.source_vegf.ipynb #3174756e
+# %% ../../nbs/19d_data.source_vegf.ipynb #0495fef0
 import re
 import struct
 import zipfile
@@ -20,7 +20,7 @@ from ..core.paths import outputs_root
 from ..core.registry import EqError
 from .catalogue import Source, add_source, image_files
 
-# %% ../../nbs/19d_data.source_vegf.ipynb #a9584622
+# %% ../../nbs/19d_data.source_vegf.ipynb #d2628525
 def fill_polygons(
     polygons: list[np.ndarray],  # Each (n, 2) of x, y in ImageJ's corner coordinates
     height: int,  # Of the image, pixels
@@ -48,9 +48,9 @@ def read_imagej(
         found = roifile.roiread(path)
     except (ValueError, OSError, LookupError, EOFError, struct.error, zipfile.BadZipFile) as error:
         raise EqError(f"{path} is not a set of ImageJ outlines: {error}") from error
-    return [roi.coordinates() for roi in (found if isinstance(found, list) else [found])]
+    return [np.asarray(roi.coordinates()) for roi in (found if isinstance(found, list) else [found])]
 
-# %% ../../nbs/19d_data.source_vegf.ipynb #8cd8eda0
+# %% ../../nbs/19d_data.source_vegf.ipynb #d32d17f7
 VEGF_NAME = re.compile(r"(?P<animal>R\d+).*?(?P<channel>C\d+)")
 
 

@@ -6,7 +6,7 @@
 __all__ = ['STRATA', 'Assigned', 'SCHEMES', 'assert_disjoint', 'Split', 'unit_strata', 'deal_units', 'declared', 'nested',
            'grouped_kfold', 'position', 'contiguous_blocks', 'blocks', 'split_cohort']
 
-# %% ../../nbs/13_data.split.ipynb #ea38dd87
+# %% ../../nbs/13_data.split.ipynb #3e15bb6d
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ import pandas as pd
 from ..core.registry import EqError, Registry, unknown_name
 from .cohort import Cohort, natural_key
 
-# %% ../../nbs/13_data.split.ipynb #71ee9f0f
+# %% ../../nbs/13_data.split.ipynb #bacb35b1
 def assert_disjoint(
     parts: Mapping[str, Cohort],  # Name of a part to its images
 ) -> None:
@@ -58,7 +58,7 @@ class Split:
         rows = [(name, len(c), len(c.units), ", ".join(c.units)) for name, c in self.parts.items()]
         return pd.DataFrame(rows, columns=["part", "images", f"{self.unit}s", "which"])
 
-# %% ../../nbs/13_data.split.ipynb #b6ba3971
+# %% ../../nbs/13_data.split.ipynb #60693b94
 STRATA = ("group", "label", "stain", "score")  # In the order in which they are balanced
 
 
@@ -82,7 +82,7 @@ def deal_units(
 ) -> dict[str, int]:  # Unit to its fold, 0..k-1
     "Grouped, stratified folds. Raises EqError when there are fewer units than folds."
     if k < 2 or len(cohort.units) < k:
-        raise EqError(f"{cohort.name} has {len(cohort.units)} of {cohort.split_unit!r}, which cannot be dealt into {k} folds (at least 2, at most one a fold)")
+        raise EqError(f"{cohort.name} has {len(cohort.units)} of {cohort.split_unit!r}: not enough for {k} folds (at least 2, one unit or more in each)")
     sizes, strata = Counter(cohort.table[cohort.split_unit].astype(str)), unit_strata(cohort)
     shuffled = [cohort.units[i] for i in np.random.default_rng(seed).permutation(len(cohort.units))]
     alike: Counter[tuple[int, int, str]] = Counter()  # Units by fold, column and value
@@ -96,7 +96,7 @@ def deal_units(
         units[fold] += 1
     return folds
 
-# %% ../../nbs/13_data.split.ipynb #0b54d091
+# %% ../../nbs/13_data.split.ipynb #c839f006
 Assigned = tuple[Cohort, list[str], dict[str, str]]  # The cohort (its unit may have changed), a part a row, image to why it is left out
 SCHEMES: Registry[Callable[..., Assigned]] = Registry("split scheme")
 
@@ -108,7 +108,7 @@ def declared(
     "What the data set itself declares, or its user in the CSV."
     parts = cohort.table["part"].tolist()
     if not any(parts):
-        raise EqError(f"{cohort.name} declares no parts: fill its 'part' column with train, validate and test, or choose another scheme of {SCHEMES.names()}")
+        raise EqError(f"{cohort.name} declares no parts: fill its 'part' column with train, validate and test, or choose from {SCHEMES.names()}")
     return cohort, parts, {i: "declared to be in no part" for i, p in zip(cohort.table["image"], parts, strict=True) if not p}
 
 
@@ -126,8 +126,8 @@ def nested(
         if not 0 <= value < end:
             raise EqError(f"{name} is {value}; there are {end} of them, 0 to {end - 1}")
     outer = deal_units(cohort, k, seed)
-    units = cohort.table[cohort.split_unit].astype(str)
-    inner = deal_units(cohort.subset((units.map(outer) != fold).to_numpy()), inner_k, seed)
+    units = [str(u) for u in cohort.table[cohort.split_unit]]
+    inner = deal_units(cohort.subset([outer[u] != fold for u in units]), inner_k, seed)
     return cohort, ["test" if outer[u] == fold else "validate" if inner[u] == inner_fold else "train" for u in units], {}
 
 
@@ -145,7 +145,7 @@ def grouped_kfold(
     rest = len(cohort.units) - max(Counter(deal_units(cohort, k, seed).values()).values())
     return nested(cohort, k, fold, min(max(2, round(1 / validate)), max(2, rest)), 0, seed)
 
-# %% ../../nbs/13_data.split.ipynb #64c5d4f0
+# %% ../../nbs/13_data.split.ipynb #4b423e47
 def position(
     section: str,  # A section or slice name with one number in it
 ) -> int:  # That number
@@ -173,7 +173,7 @@ def contiguous_blocks(
             names[members.index] = f"{label} {members['at'].min()}-{members['at'].max()}".strip()
     return names.tolist()
 
-# %% ../../nbs/13_data.split.ipynb #e34c61df
+# %% ../../nbs/13_data.split.ipynb #d15faca7
 def _near(at: np.ndarray, series: np.ndarray, where: np.ndarray, gap: int) -> np.ndarray:
     # Rows within `gap` positions of a row in `where`, in the same series
     close = np.abs(at[:, None] - at[where][None, :]) <= gap
@@ -198,11 +198,11 @@ def blocks(
     left_out: dict[str, str] = {}
     for held, yields in (("test", ("train", "validate")), ("validate", ("train",))):
         beside = _near(at, names, part == held, gap) & np.isin(part, yields)
-        left_out |= {image: f"within {gap} positions of the {held} part" for image in cohort.table["image"][beside]}
+        left_out |= dict.fromkeys(cohort.table["image"][beside], f"within {gap} positions of the {held} part")
         part[beside] = ""
     return cohort, part.tolist(), left_out
 
-# %% ../../nbs/13_data.split.ipynb #838ab618
+# %% ../../nbs/13_data.split.ipynb #0b34db86
 def _options(scheme: str, given: dict[str, int | float | str]) -> None:
     valid = [name for name in signature(SCHEMES[scheme]).parameters if name != "cohort"]
     for name in given:
@@ -211,7 +211,7 @@ def _options(scheme: str, given: dict[str, int | float | str]) -> None:
 
 
 def _default_scheme(cohort: Cohort) -> str:
-    return cohort.scheme or ("declared" if (cohort.table["part"] != "").any() else "grouped_kfold")
+    return cohort.scheme or ("declared" if set(cohort.table["part"]) - {""} else "grouped_kfold")
 
 
 def split_cohort(
@@ -234,5 +234,6 @@ def split_cohort(
     chosen = {name: cohort.subset(part == name) for name in ("train", "validate", "test")}
     needed = ("test",) if purpose == "evaluate" else tuple(chosen)
     if (empty := [name for name in needed if not len(chosen[name])]):
-        raise EqError(f"the {scheme} split of {cohort.name} leaves nothing to {' and '.join(empty)}; it has {len(cohort.units)} of {cohort.split_unit!r}")
+        units = f"{len(cohort.units)} of {cohort.split_unit!r}"
+        raise EqError(f"the {scheme} split of {cohort.name} leaves nothing to {' and '.join(empty)}; it has {units}")
     return Split(**chosen, unit=cohort.split_unit, scheme=scheme, options=dict(options), left_out=left_out)

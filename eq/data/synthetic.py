@@ -6,7 +6,7 @@
 __all__ = ['TAG', 'GENERATORS', 'GENERATOR_VERSION', 'write_tagged', 'read_tag', 'KidneyDesign', 'declare_parts', 'plan_fields',
            'field_spec', 'write_kidney_design', 'write_kidney_cohort', 'write_em_cohort']
 
-# %% ../../nbs/18_data.synthetic.ipynb #0dfaff00
+# %% ../../nbs/18_data.synthetic.ipynb #418edede
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ from .synthetic_em import make_em_section
 from .synthetic_kidney import KidneyField, KidneySpec, make_kidney_field
 from .synthetic_stain import Stain, vary_stain
 
-# %% ../../nbs/18_data.synthetic.ipynb #6beb6b38
+# %% ../../nbs/18_data.synthetic.ipynb #e37a9a98
 TAG = "synthetic"
 GENERATORS = {"kidney": "eq.data.synthetic_kidney", "em": "eq.data.synthetic_em"}
-GENERATOR_VERSION = 1  # Raised whenever the same seed gives other pixels
+GENERATOR_VERSION = 2  # Raised whenever the same seed gives other pixels
 
 
 def write_tagged(
@@ -53,7 +53,7 @@ def read_tag(
         text = image.info.get(TAG)
     return json.loads(text) if text else None
 
-# %% ../../nbs/18_data.synthetic.ipynb #f7d78ce6
+# %% ../../nbs/18_data.synthetic.ipynb #002aad84
 @dataclass(frozen=True)
 class KidneyDesign:
     "A synthetic experiment: who is treated, how strongly, and what varies. Effects are on the logit scale of the swelling."
@@ -79,7 +79,7 @@ class KidneyDesign:
                 "valid: at least 3 animals (one each to train, validate and test), 1 section, 1 field, 1 group"
             )
 
-
+# %% ../../nbs/18_data.synthetic.ipynb #205240bf
 def declare_parts(
     count: int,  # Number of units (animals, sections), at least 3
 ) -> list[str]:  # "train", "validate" or "test" of each, in order
@@ -104,7 +104,7 @@ def plan_fields(
                 rows.append((a, design.groups[rank], parts[a], s, f, logit))
     return pd.DataFrame(rows, columns=["animal", "group", "part", "section", "field", "logit"])
 
-# %% ../../nbs/18_data.synthetic.ipynb #7ef7e34f
+# %% ../../nbs/18_data.synthetic.ipynb #88f58b57
 def field_spec(
     design: KidneyDesign,  # The experiment
     animal: int,  # Index of the animal
@@ -138,7 +138,7 @@ def _field_files(out: Path, name: str, field: KidneyField, tag: dict[str, Any]) 
     for folder, array in pictures.items():
         write_tagged(out / folder / f"{name}.png", array, tag)
 
-
+# %% ../../nbs/18_data.synthetic.ipynb #d052aae9
 def _kidney_fields(design: KidneyDesign, out: Path) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     for row in tqdm(plan_fields(design).to_dict("records"), desc="synthetic kidney", unit="field"):
         a, s, f = row["animal"], row["section"], row["field"]
@@ -150,7 +150,8 @@ def _kidney_fields(design: KidneyDesign, out: Path) -> Iterator[tuple[dict[str, 
         told = {TAG: f"{tag['generator']} {tag['version']} seed {seed}"}
         grade = float(np.quantile(field.table["grade"], 0.5, method="higher")) if len(field.table) else np.nan
         image = {"image": str(out / f"images/{name}.png"), "mask": str(out / f"masks/{name}.png"), "mask_coding": "grey127"}
-        yield image | shared | {"score": grade, "px_size_um": design.px_size_um} | told, field.table.assign(image=f"images/{name}.png", **shared, **told)
+        known = {"score": grade, "px_size_um": design.px_size_um}
+        yield image | shared | known | told, field.table.assign(image=f"images/{name}.png", **shared, **told)
 
 
 def write_kidney_design(
@@ -170,7 +171,7 @@ def write_kidney_design(
     cohort = Cohort(pd.DataFrame(rows), name="synthetic_kidney", task="glom", split_unit="subject", terms=terms, scheme="declared", synthetic=True)
     return save_cohort(cohort, out / "cohort.csv")
 
-# %% ../../nbs/18_data.synthetic.ipynb #3fad8fac
+# %% ../../nbs/18_data.synthetic.ipynb #5e4cae34
 def write_kidney_cohort(
     out: str | Path,  # Folder to fill
     n_animals: int = 8,  # Animals, dealt to two groups in turn
@@ -182,7 +183,7 @@ def write_kidney_cohort(
     "A kidney cohort with default effects; see `write_kidney_design` for all that can be chosen."
     return write_kidney_design(out, KidneyDesign(n_animals, sections, fields, seed, size))
 
-# %% ../../nbs/18_data.synthetic.ipynb #53ca048b
+# %% ../../nbs/18_data.synthetic.ipynb #9c2722ac
 def write_em_cohort(
     out: str | Path,  # Folder to fill: new, empty, or left by the same call
     n_sections: int = 12,  # Sections, at least 3

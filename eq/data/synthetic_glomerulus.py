@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WALL_UM', 'CLOSING_UM', 'Glomeruli', 'place_glomeruli', 'capillary_loops', 'paint_tufts']
 
-# %% ../../nbs/18f_data.synthetic_glomerulus.ipynb #d13e11fe
+# %% ../../nbs/18f_data.synthetic_glomerulus.ipynb #cb7f5c1d
 from dataclasses import dataclass
 
 import cv2
@@ -15,7 +15,7 @@ from .synthetic_nuclei import NucleusKind, paint_nuclei
 from .synthetic_stain import Canvas
 from .synthetic_texture import Shapes, inner_distance, nearest_label, paint_strokes, rounded, scatter_apart, smooth_noise, soft_step
 
-# %% ../../nbs/18f_data.synthetic_glomerulus.ipynb #5a974935
+# %% ../../nbs/18f_data.synthetic_glomerulus.ipynb #9b1f36dc
 @dataclass(frozen=True)
 class Glomeruli:
     "Glomeruli of one field before painting, and what was painted."
@@ -24,7 +24,7 @@ class Glomeruli:
     tuft: np.ndarray  # bool (height, width), the capillary tuft
     lumen: np.ndarray  # bool (height, width), open capillary lumens
 
-
+# %% ../../nbs/18f_data.synthetic_glomerulus.ipynb #cf358aea
 def place_glomeruli(
     rng: np.random.Generator,  # Source of randomness
     tissue: np.ndarray,  # bool (height, width), where tissue is
@@ -56,9 +56,15 @@ def place_glomeruli(
         cv2.fillPoly(labels, [np.rint(outline * 16).astype(np.int32)], len(placed), cv2.LINE_8, 4)
     return labels
 
-# %% ../../nbs/18f_data.synthetic_glomerulus.ipynb #ffbcb47d
+# %% ../../nbs/18f_data.synthetic_glomerulus.ipynb #54ca0a85
 WALL_UM = 0.5  # Endothelium in a healthy loop, um
 CLOSING_UM = 4.2  # What full swelling adds, um: more than the half width of nearly every loop
+
+
+def _closed(mask: np.ndarray, width: float) -> np.ndarray:
+    # the mask with gaps narrower than `width` filled
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (int(width) | 1,) * 2)
+    return cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, disc) > 0
 
 
 def capillary_loops(
@@ -84,6 +90,13 @@ def capillary_loops(
     return loops, np.where(loops > 0, wall, np.minimum(wall, -0.5 * u)).astype(np.float32)
 
 
+def _paint_capsule(canvas: Canvas, rng: np.random.Generator, depth: np.ndarray, uneven: np.ndarray, parietal: np.ndarray) -> None:
+    u = canvas.px_per_um
+    capsule = soft_step(depth, 0, 0.5 * u) * (1 - soft_step(depth, 1.2 * u, np.maximum(2.2 + uneven, 1.6) * u))
+    canvas.paint(capsule, 0.18, 1.0 + 0.12 * uneven)
+    paint_nuclei(canvas, rng, parietal, NucleusKind(1.9, 2.4, 14, 0.9, 2.0), depth)
+
+# %% ../../nbs/18f_data.synthetic_glomerulus.ipynb #f51e8b91
 def paint_tufts(
     canvas: Canvas,  # Painted in place
     rng: np.random.Generator,  # Source of randomness
@@ -96,8 +109,7 @@ def paint_tufts(
     depth = inner_distance(labels > 0)
     space = u * np.clip(5 + 4.5 * smooth_noise(rng, shape, 28 * u), 1.5, 18) * (1 - 0.5 * closing)
     loops, wall = capillary_loops(rng, depth > space + 2 * u, closing, u)
-    tuft = cv2.morphologyEx((loops > 0).astype(np.uint8), cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (int(2 * u) | 1,) * 2)) > 0
-    tuft &= depth > space
+    tuft = _closed(loops > 0, 2 * u) & (depth > space)
     fine, mid = smooth_noise(rng, shape, 0.6 * u), smooth_noise(rng, shape, 3 * u)
     canvas.paint(labels > 0, 0.01, 0.03 + 0.015 * mid)
     canvas.paint(tuft, 0.18 + 0.05 * fine + 0.05 * mid, np.clip(0.46 + 0.12 * fine + 0.2 * mid, 0.1, 1.1))
@@ -110,9 +122,6 @@ def paint_tufts(
     canvas.paint(open_, 0.005 + 0.2 * plasma, 0.01 + plasma)
     membrane = np.exp(-((wall / (0.5 * u)) ** 2)) * (loops > 0)
     canvas.paint(0.85 * membrane, 0.2, matrix * (1.0 + 0.2 * mid))
-    capsule = soft_step(depth, 0, 0.5 * u) * (1 - soft_step(depth, 1.2 * u, np.maximum(2.2 + mid, 1.6) * u))
-    canvas.paint(capsule, 0.18, 1.0 + 0.12 * mid)
-    parietal = (depth > 2 * u) & (depth < 3 * u) & ~tuft
-    paint_nuclei(canvas, rng, parietal, NucleusKind(1.9, 2.4, 14, 0.9, 2.0), depth)
+    _paint_capsule(canvas, rng, depth, mid, (depth > 2 * u) & (depth < 3 * u) & ~tuft)
     nuclei = paint_nuclei(canvas, rng, tuft & (wall < 0.8 * u), NucleusKind(2.5, 1.5, 7.0, 0.72, 1.3), wall)
     return Glomeruli(labels, tuft, (open_ > 0.5) & ~nuclei)

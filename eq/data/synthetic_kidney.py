@@ -6,7 +6,7 @@
 __all__ = ['GRADE_EDGES', 'grade_of', 'swelling_of', 'KidneySpec', 'KidneyField', 'tissue_mask', 'glomerulus_table',
            'make_kidney_field']
 
-# %% ../../nbs/18b_data.synthetic_kidney.ipynb #63c1eac6
+# %% ../../nbs/18b_data.synthetic_kidney.ipynb #e87a0709
 from dataclasses import dataclass, field
 
 import cv2
@@ -19,7 +19,7 @@ from .synthetic_stain import Canvas, Stain, blank_canvas, photograph
 from .synthetic_texture import smooth_noise, soft_step
 from .synthetic_tubule import lay_tubules, paint_between, paint_interstitium, paint_tubules, paint_vessels
 
-# %% ../../nbs/18b_data.synthetic_kidney.ipynb #99d6b5f0
+# %% ../../nbs/18b_data.synthetic_kidney.ipynb #d5b3df80
 GRADE_EDGES = (0.25, 0.5, 0.75)  # Swelling from which a glomerulus is grade 1, 2, 3
 
 
@@ -36,7 +36,7 @@ def swelling_of(
     "From the scale on which effects add up to the swelling."
     return 1 / (1 + np.exp(-np.asarray(logit, float)))
 
-# %% ../../nbs/18b_data.synthetic_kidney.ipynb #640b8ae1
+# %% ../../nbs/18b_data.synthetic_kidney.ipynb #211b4c7d
 @dataclass(frozen=True)
 class KidneySpec:
     "What one field shows."
@@ -55,13 +55,12 @@ class KidneySpec:
 
     def __post_init__(self) -> None:
         if self.size < 64 or self.px_size_um <= 0 or self.oversample < 1:
-            raise EqError(
-                f"no field of size {self.size}, px_size_um {self.px_size_um}, oversample {self.oversample}; valid: size >= 64, px_size_um > 0, oversample >= 1"
-            )
+            seen = f"size {self.size}, px_size_um {self.px_size_um}, oversample {self.oversample}"
+            raise EqError(f"no field of {seen}; valid: size >= 64, px_size_um > 0, oversample >= 1")
         if not 0 <= self.glomeruli[0] <= self.glomeruli[1]:
             raise EqError(f"glomeruli is {self.glomeruli}; expected (fewest, most), both at least 0")
 
-
+# %% ../../nbs/18b_data.synthetic_kidney.ipynb #3737cf18
 @dataclass(frozen=True)
 class KidneyField:
     "One synthetic field with its exact truth."
@@ -73,7 +72,7 @@ class KidneyField:
     table: pd.DataFrame  # One row a glomerulus: label, swelling, grade, areas in px, open fraction, touches_border
     px_size_um: float  # Scale, um per pixel
 
-# %% ../../nbs/18b_data.synthetic_kidney.ipynb #214f2897
+# %% ../../nbs/18b_data.synthetic_kidney.ipynb #66eb4fec
 def tissue_mask(
     rng: np.random.Generator,  # Source of randomness
     shape: tuple[int, int],  # Height and width of the drawing, pixels
@@ -96,7 +95,7 @@ def tissue_mask(
         inside = np.minimum(inside, np.abs(across + 1.5 * ragged) - wide)
     return soft_step(inside, -1.0 * u, 1.5 * u)
 
-
+# %% ../../nbs/18b_data.synthetic_kidney.ipynb #669c2028
 def _paint(rng: np.random.Generator, shape: tuple[int, int], u: float, spec: KidneySpec) -> tuple[Canvas, Glomeruli, np.ndarray]:
     canvas, tissue = blank_canvas(shape, u), tissue_mask(rng, shape, u, spec)
     bump = smooth_noise(rng, shape, 75 * u)
@@ -117,11 +116,7 @@ def _paint(rng: np.random.Generator, shape: tuple[int, int], u: float, spec: Kid
     canvas.p *= tissue
     return canvas, truth, swelling
 
-# %% ../../nbs/18b_data.synthetic_kidney.ipynb #87e91b25
-def _reduce(mask: np.ndarray, size: int) -> np.ndarray:
-    return cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA) > 0.5
-
-
+# %% ../../nbs/18b_data.synthetic_kidney.ipynb #ad843f11
 def glomerulus_table(
     glomerulus: np.ndarray,  # int32 labels
     tuft: np.ndarray,  # bool, same shape
@@ -150,6 +145,10 @@ def glomerulus_table(
         }
     )
     return pd.DataFrame(table[table["area_px2"] > 0]).reset_index(drop=True)
+
+# %% ../../nbs/18b_data.synthetic_kidney.ipynb #5d8ddad4
+def _reduce(mask: np.ndarray, size: int) -> np.ndarray:
+    return cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA) > 0.5
 
 
 def make_kidney_field(

@@ -6,7 +6,7 @@
 __all__ = ['TUBULES', 'Tubules', 'lay_tubules', 'TubuleKind', 'paint_tubules', 'paint_interstitium', 'paint_between',
            'paint_vessels']
 
-# %% ../../nbs/18h_data.synthetic_tubule.ipynb #2423a94d
+# %% ../../nbs/18h_data.synthetic_tubule.ipynb #3913e610
 from dataclasses import dataclass
 
 import cv2
@@ -16,7 +16,7 @@ from .synthetic_nuclei import NucleusKind, paint_nuclei
 from .synthetic_stain import Canvas
 from .synthetic_texture import Shapes, inner_distance, nearest_label, paint_strokes, rounded, scatter_apart, smooth_noise, soft_step, warp
 
-# %% ../../nbs/18h_data.synthetic_tubule.ipynb #f1a6e2f0
+# %% ../../nbs/18h_data.synthetic_tubule.ipynb #6efc9afc
 @dataclass(frozen=True)
 class Tubules:
     "The tubules of one field: geometry only."
@@ -25,7 +25,7 @@ class Tubules:
     depth: np.ndarray  # float32, depth below the basement membrane, pixels; negative in the interstitium
     deepest: np.ndarray  # float32 (tubules + 1,), largest depth of each
 
-
+# %% ../../nbs/18h_data.synthetic_tubule.ipynb #4a875f3c
 def lay_tubules(
     rng: np.random.Generator,  # Source of randomness
     blocked: np.ndarray,  # bool (height, width), taken by glomeruli and vessels
@@ -50,7 +50,7 @@ def lay_tubules(
     np.maximum.at(deepest, cells.ravel(), depth.ravel())
     return Tubules(cells, depth, deepest)
 
-# %% ../../nbs/18h_data.synthetic_tubule.ipynb #a7b64e69
+# %% ../../nbs/18h_data.synthetic_tubule.ipynb #466cf42e
 @dataclass(frozen=True)
 class TubuleKind:
     "How one segment of the nephron looks."
@@ -79,6 +79,11 @@ def _column(tubules: Tubules, kinds: np.ndarray, name: str) -> np.ndarray:
     values = np.array([getattr(k, name) for k in TUBULES.values()], np.float32)
     return values[kinds][tubules.cells]
 
+# %% ../../nbs/18h_data.synthetic_tubule.ipynb #28d5d6f5
+def _own(rng: np.random.Generator, tubules: Tubules, sigma: float) -> np.ndarray:
+    # each tubule differs a little from its kind
+    return np.exp(sigma * rng.standard_normal(len(tubules.deepest))).astype(np.float32)[tubules.cells]
+
 
 def paint_tubules(
     canvas: Canvas,  # Painted in place
@@ -87,28 +92,22 @@ def paint_tubules(
 ) -> None:
     "Paint epithelium, lumen, brush border, basement membrane and nuclei of every tubule."
     u, shape, depth = canvas.px_per_um, canvas.shape, tubules.depth
-    n = len(tubules.deepest)
-    kinds = rng.choice(len(TUBULES), n, p=[k.share for k in TUBULES.values()])
+    kinds = rng.choice(len(TUBULES), len(tubules.deepest), p=[k.share for k in TUBULES.values()])
     fine, mid, coarse = (smooth_noise(rng, shape, s * u) for s in (0.7, 2.0, 6.0))
-
-    def own(sigma: float) -> np.ndarray:
-        return np.exp(sigma * rng.standard_normal(n)).astype(np.float32)[tubules.cells]
-
     inside = soft_step(depth, -0.3 * u, 0.5 * u)
-    height = np.minimum(_column(tubules, kinds, "height_um") * u * own(0.18), 4 * u + 0.75 * tubules.deepest[tubules.cells])
-    grazed = _column(tubules, kinds, "height_um") > 30
-    height = np.where(grazed, 99 * u, height)
+    height = np.minimum(_column(tubules, kinds, "height_um") * u * _own(rng, tubules, 0.18), 4 * u + 0.75 * tubules.deepest[tubules.cells])
+    height = np.where(_column(tubules, kinds, "height_um") > 30, 99 * u, height)  # grazed: no lumen in this plane
     # the surface of an epithelium is rounder than its base: cells at a corner are no taller
     round_ = cv2.GaussianBlur(np.maximum(depth, -2 * u), (0, 0), 3.5 * u)
     edge = round_ - height + _column(tubules, kinds, "ragged_um") * u * (0.6 * mid + 0.5 * coarse)
     grain = np.clip(1 + 0.42 * fine + 0.2 * mid + 0.18 * coarse, 0.1, 3)
-    canvas.paint(inside, _column(tubules, kinds, "h") * own(0.2) * grain, _column(tubules, kinds, "p") * own(0.25) * grain)
+    canvas.paint(inside, _column(tubules, kinds, "h") * _own(rng, tubules, 0.2) * grain, _column(tubules, kinds, "p") * _own(rng, tubules, 0.25) * grain)
     froth = _column(tubules, kinds, "froth") * soft_step(mid + 0.6 * coarse, 0.2, 0.9) * soft_step(depth, 0.3 * height, 0.7 * height)
     canvas.paint(0.85 * froth * inside, 0.01, 0.03)
     lumen = soft_step(edge, -0.4 * u, 0.4 * u)
     brush = np.exp(-((edge / (1.1 * u) + 0.8) ** 2)) * (1 - lumen)
     canvas.p += inside * brush * _column(tubules, kinds, "brush") * (1 + 0.4 * fine)
-    filled = _column(tubules, kinds, "filled") * own(0.2)
+    filled = _column(tubules, kinds, "filled") * _own(rng, tubules, 0.2)
     wisps = 0.16 * (filled > 0.04) * soft_step(-np.abs(mid), -0.35, 0.0) * soft_step(coarse, -0.3, 1.0)
     canvas.paint(lumen * inside, 0.004, filled * (1 + 0.08 * fine) + wisps)
     thick = _column(tubules, kinds, "membrane_um") * u
@@ -116,7 +115,7 @@ def paint_tubules(
     zone = (depth > 2.2 * u) & (depth < 0.55 * height) & (edge < -2.5 * u)
     paint_nuclei(canvas, rng, zone, NucleusKind(2.9, 1.15, 8.5, 0.7, 1.6))
 
-# %% ../../nbs/18h_data.synthetic_tubule.ipynb #34a066ed
+# %% ../../nbs/18h_data.synthetic_tubule.ipynb #37d24336
 def paint_interstitium(
     canvas: Canvas,  # Painted in place
     rng: np.random.Generator,  # Source of randomness
@@ -143,7 +142,7 @@ def paint_between(
     paint_nuclei(canvas, rng, zone, NucleusKind(1.9, 2.3, 7.0, 0.97, 1.6), depth)
     paint_nuclei(canvas, rng, zone & (scar > 0.45), NucleusKind(2.3, 1.2, 5.5, 0.97, 1.5))
 
-
+# %% ../../nbs/18h_data.synthetic_tubule.ipynb #48e0294c
 def paint_vessels(
     canvas: Canvas,  # Painted in place
     rng: np.random.Generator,  # Source of randomness

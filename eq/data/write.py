@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TILE', 'BIG_BYTES', 'write_png', 'TiffPlan', 'write_ome_tiff', 'tile_rows', 'write_ome_tiff_bands']
 
-# %% ../../nbs/10e_data.write.ipynb #0ae220f0
+# %% ../../nbs/10e_data.write.ipynb #97a8834c
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..core.files import atomic_write
 from ..core.registry import EqError
 from .pxsize import checked_px_size
 
-# %% ../../nbs/10e_data.write.ipynb #348822f3
+# %% ../../nbs/10e_data.write.ipynb #e7f46436
 def write_png(
     path: str | Path,  # Final name
     array: np.ndarray,  # (H, W) uint8, uint16 or bool, (H, W, 3) or (H, W, 4) uint8
@@ -38,7 +38,7 @@ def write_png(
         PilImage.fromarray(np.ascontiguousarray(values)).save(temp, format="PNG", pnginfo=info)
     return Path(path)
 
-# %% ../../nbs/10e_data.write.ipynb #1ee2b3b0
+# %% ../../nbs/10e_data.write.ipynb #0c6f5ed9
 @dataclass(frozen=True)
 class TiffPlan:
     "What an OME-TIFF will hold, known before its pixels are."
@@ -61,7 +61,7 @@ class TiffPlan:
 TILE = 512
 BIG_BYTES = 2**32 - 2**25  # more pixels than this may not fit the 4 GB of a classic TIFF
 
-# %% ../../nbs/10e_data.write.ipynb #b35e9a10
+# %% ../../nbs/10e_data.write.ipynb #82777d17
 def _options(plan: TiffPlan, name: str) -> dict:
     from uuid import NAMESPACE_URL, uuid5
 
@@ -80,7 +80,7 @@ def _options(plan: TiffPlan, name: str) -> dict:
     options |= {"bigtiff": size > BIG_BYTES, "compressionargs": {"level": 3}}
     return options | extra | {"ome": True, "metadata": metadata, "tile": (TILE, TILE), "compression": "zlib", "photometric": photometric}
 
-# %% ../../nbs/10e_data.write.ipynb #26ce12af
+# %% ../../nbs/10e_data.write.ipynb #15769db1
 def write_ome_tiff(
     path: str | Path,  # Final name, usually *.ome.tif
     array: np.ndarray,  # (H, W) or (H, W, channels), any integer, float or bool type
@@ -97,7 +97,7 @@ def write_ome_tiff(
         tifffile.imwrite(temp, np.moveaxis(values, 2, 0) if plan.axes == "CYX" else values, **_options(plan, Path(path).name))
     return Path(path)
 
-# %% ../../nbs/10e_data.write.ipynb #7374df17
+# %% ../../nbs/10e_data.write.ipynb #be31c0a1
 def _tiles_of(rows: np.ndarray) -> Iterator[np.ndarray]:
     # one row of tiles, padded at the right and bottom edge of the image as TIFF demands
     for x in range(0, rows.shape[1], TILE):
@@ -105,7 +105,7 @@ def _tiles_of(rows: np.ndarray) -> Iterator[np.ndarray]:
         short = [(0, TILE - part.shape[0]), (0, TILE - part.shape[1])] + [(0, 0)] * (part.ndim - 2)
         yield np.pad(part, short) if part.shape[:2] != (TILE, TILE) else np.ascontiguousarray(part)
 
-
+# %% ../../nbs/10e_data.write.ipynb #a100614c
 def tile_rows(
     bands: Iterable[np.ndarray],  # Consecutive rows from the top, each (rows, W) or (rows, W, channels), any number of rows
     plan: TiffPlan,  # Checked against what comes
@@ -130,7 +130,7 @@ def tile_rows(
     if filled:
         yield from _tiles_of(buffer[:filled])
 
-# %% ../../nbs/10e_data.write.ipynb #f022ca9a
+# %% ../../nbs/10e_data.write.ipynb #c8e030e6
 def write_ome_tiff_bands(
     path: str | Path,  # Final name, usually *.ome.tif
     bands: Iterable[np.ndarray],  # Consecutive rows from the top

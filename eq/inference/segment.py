@@ -6,7 +6,7 @@
 __all__ = ['MASK', 'LABELS', 'PROBABILITY', 'Engine', 'Segmenter', 'probability_rows', 'predict_probability', 'predict_labels',
            'Prediction', 'predict_image']
 
-# %% ../../nbs/41_inference.segment.ipynb #4f6aa9e8
+# %% ../../nbs/41_inference.segment.ipynb #1895d2aa
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from .tiles import TileOptions, TilePass
 from .working import ArraySource, Source, Working, WorkingScale, resize_rows, working_scale
 from ..models.checkpoint import checkpoint_folder, load_checkpoint
 
-# %% ../../nbs/41_inference.segment.ipynb #673be72c
+# %% ../../nbs/41_inference.segment.ipynb #f5886491
 @dataclass(frozen=True)
 class Engine:
     "What runs the network. `auto` takes the fastest that is here."
@@ -52,7 +52,7 @@ class Segmenter:
         cls,
         folder: Path | str,  # A checkpoint folder, or a file in it
         engine: Engine | None = None,  # What runs it
-    ) -> Self:
+    ) -> Self:  # Ready to predict
         "Loads a checkpoint. Raises EqError for one that is damaged or does not fit, and for an engine that is not here."
         engine = engine or Engine()
         device = pick_device(engine.device)
@@ -70,7 +70,7 @@ class Segmenter:
     def scale(
         self,
         px_size_um: float | None,  # Of the image, None when unknown
-    ) -> WorkingScale:
+    ) -> WorkingScale:  # The factor and why
         "By how much an image is made smaller; see `working_scale`."
         return working_scale(self.meta, px_size_um)
 
@@ -86,11 +86,11 @@ class Segmenter:
         source: Source,  # The image
         px_size_um: float | None = None,  # Of the image
         progress: Callable[[int], object] = lambda n: None,  # Told of each tile that is dealt with
-    ) -> TilePass:
+    ) -> TilePass:  # Iterate over its `bands`
         "A prediction that has not begun; `len(tile_pass.tiles)` says how long it will be."
         return TilePass(self.network, Working(source, self.scale(px_size_um).factor), self.options, progress)
 
-# %% ../../nbs/41_inference.segment.ipynb #2768eab3
+# %% ../../nbs/41_inference.segment.ipynb #b5ce050d
 def probability_rows(
     tile_pass: TilePass,  # Not begun
 ) -> Iterator[np.ndarray]:  # Consecutive rows (n, W) float32
@@ -117,7 +117,7 @@ def predict_labels(
     "Numbered objects at the checkpoint's threshold, without those that are too small."
     return label_objects(predict_probability(segmenter, rgb, px_size_um) >= segmenter.meta.threshold, segmenter.min_area_px(px_size_um))
 
-# %% ../../nbs/41_inference.segment.ipynb #6bc657d2
+# %% ../../nbs/41_inference.segment.ipynb #946a1423
 @dataclass(frozen=True)
 class Prediction:
     "What came of one image. Areas and positions are in pixels of the image."
@@ -151,7 +151,7 @@ def _warnings(tile_pass: TilePass, scale: WorkingScale) -> Iterator[str]:
     if n := len(tile_pass.refused):
         yield f"{n} of {len(tile_pass.tiles)} tiles refused, the first: {tile_pass.refused[0].reason}"
 
-# %% ../../nbs/41_inference.segment.ipynb #66906056
+# %% ../../nbs/41_inference.segment.ipynb #bd9caa33
 MASK, LABELS, PROBABILITY = "mask.ome.tif", "labels.ome.tif", "probability.zarr"
 
 

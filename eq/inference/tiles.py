@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['T', 'R', 'TileOptions', 'fit_tile', 'read_ahead', 'TilePass', 'predict_array']
 
-# %% ../../nbs/40_inference.tiles.ipynb #15bf7545
+# %% ../../nbs/40_inference.tiles.ipynb #1ddb6ae6
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ from ..data.patch import Band, BandStitcher, plan_tiles
 from .backend import MULTIPLE, Network, averaged
 from .working import ArraySource, Working, resize_rows
 
-# %% ../../nbs/40_inference.tiles.ipynb #a61c5f91
+# %% ../../nbs/40_inference.tiles.ipynb #6aa81875
 @dataclass(frozen=True)
 class TileOptions:
     "How an image is cut up, in working pixels. The defaults are the fastest that were measured; see the benchmark `tiles`."
@@ -53,7 +53,7 @@ def fit_tile(
 
     return min(reversed(sizes), key=computed, default=_up(options.tile))
 
-# %% ../../nbs/40_inference.tiles.ipynb #2a99e412
+# %% ../../nbs/40_inference.tiles.ipynb #0af8a2ed
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -84,7 +84,7 @@ def read_ahead(
     finally:  # also when the reader of this generator stops early
         pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/40_inference.tiles.ipynb #e12948e3
+# %% ../../nbs/40_inference.tiles.ipynb #91c03e27
 class TilePass:
     "One prediction of one image: iterate over `bands`, then look at `ledger`."
 
@@ -107,7 +107,7 @@ class TilePass:
         "What became of every planned tile, in pixels of the original image. Raises EqError when it does not add up."
         return TileLedger(len(self.tiles), self.done, tuple(self.refused)).check()
 
-    def bands(self) -> Iterator[Band]:
+    def bands(self) -> Iterator[Band]:  # Rows at working resolution
         "Finished rows of probabilities at working resolution, top to bottom. Raises EqError when every tile was refused."
         stitcher, waiting = BandStitcher(self.tiles), deque[tuple[Tile, EqError | None]]()
         for values in averaged(self.network, self._readable(waiting), self.options.tta, len(self.tiles)):
@@ -140,7 +140,7 @@ class TilePass:
             self.progress(1)
             yield from stitcher.refuse(tile)
 
-# %% ../../nbs/40_inference.tiles.ipynb #5874d61e
+# %% ../../nbs/40_inference.tiles.ipynb #c35bce7a
 def predict_array(
     network: Network,  # From eq.inference.backend
     rgb: np.ndarray,  # (H, W, 3) uint8

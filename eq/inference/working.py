@@ -6,7 +6,7 @@
 __all__ = ['MAX_RATIO', 'PIECE_PX', 'WorkingScale', 'working_scale', 'Source', 'ArraySource', 'axis_weights', 'Working',
            'resize_rows']
 
-# %% ../../nbs/40a_inference.working.ipynb #45141000
+# %% ../../nbs/40a_inference.working.ipynb #47387f4b
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +19,7 @@ from scipy import sparse
 from ..core.registry import EqError
 from ..core.results import CheckpointMeta, Tile
 
-# %% ../../nbs/40a_inference.working.ipynb #c7024658
+# %% ../../nbs/40a_inference.working.ipynb #79fab0fe
 MAX_RATIO = 16.0  # beyond this ratio of pixel sizes somebody mistook nm for um
 
 
@@ -34,7 +34,7 @@ class WorkingScale:
 def working_scale(
     meta: CheckpointMeta,  # Its `scale` and `px_size_um`
     px_size_um: float | None,  # Of the image, None when unknown
-) -> WorkingScale:
+) -> WorkingScale:  # The factor, and a sentence that says where it comes from
     "factor = scale x training pixel size / image pixel size; the scale alone where a size is unknown. Raises EqError for absurd ratios."
     if px_size_um is None or meta.px_size_um is None:
         whose = "image" if px_size_um is None else "checkpoint"
@@ -48,7 +48,7 @@ def working_scale(
     factor = meta.scale * ratio
     return WorkingScale(factor, f"pixel size {px_size_um:g} um, training {meta.px_size_um:g} um: made smaller by {factor:g}")
 
-# %% ../../nbs/40a_inference.working.ipynb #a52534d4
+# %% ../../nbs/40a_inference.working.ipynb #4134df91
 class Source(Protocol):
     "An image that can be read by region; `eq.data.io.Image` is one."
 
@@ -91,7 +91,7 @@ class ArraySource:
         "The region as a view."
         return self.pixels[y : None if h is None else y + h, x : None if w is None else x + w]
 
-# %% ../../nbs/40a_inference.working.ipynb #a5cc6516
+# %% ../../nbs/40a_inference.working.ipynb #5bedfeb2
 def axis_weights(
     size_in: int,  # Original pixels along this axis
     size_out: int,  # Working pixels along this axis
@@ -117,7 +117,7 @@ def axis_weights(
     matrix = sparse.csr_array((weight.ravel().astype(np.float32), (rows, cells.ravel() - first)), (len(i), last - first + 1))
     return first, matrix
 
-# %% ../../nbs/40a_inference.working.ipynb #1eee1338
+# %% ../../nbs/40a_inference.working.ipynb #d11a0420
 class Working:
     "A source seen at working resolution."
 
@@ -162,7 +162,7 @@ class Working:
         bottom, right = min(self.source.height, int(np.ceil((tile.y + tile.h) * fy))), min(self.source.width, int(np.ceil((tile.x + tile.w) * fx)))
         return Tile(top, left, bottom - top, right - left)
 
-# %% ../../nbs/40a_inference.working.ipynb #fdb125e2
+# %% ../../nbs/40a_inference.working.ipynb #74a1ba25
 PIECE_PX = 2**22  # most pixels that are handed out at once
 
 

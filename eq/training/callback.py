@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Clock', 'rate', 'Schedule', 'Precision', 'update_average', 'Average', 'Bar', 'EachEpoch', 'frozen_copy']
 
-# %% ../../nbs/34_training.callback.ipynb #83168fdf
+# %% ../../nbs/34_training.callback.ipynb #7aa7c648
 import copy
 import math
 import time
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..core.device import autocast, memory_format
 from ..core.registry import EqError
 
-# %% ../../nbs/34_training.callback.ipynb #0fc5daf3
+# %% ../../nbs/34_training.callback.ipynb #24b79ec0
 @dataclass
 class Clock:
     "How far a run has come, by steps or by minutes. `seconds_before` counts what earlier sessions of a resumed run took."
@@ -42,7 +42,7 @@ class Clock:
         "Part of the run that is over."
         return self.step / self.total_steps if self.minutes is None else min(1.0, self.seconds() / (60 * self.minutes))
 
-# %% ../../nbs/34_training.callback.ipynb #59944f00
+# %% ../../nbs/34_training.callback.ipynb #2b131452
 def rate(
     progress: float,  # 0 to 1
     step: int,  # Steps done
@@ -78,7 +78,7 @@ class Schedule(Callback):
         if self.clock.minutes is not None and self.clock.progress() >= 1:
             raise CancelFitException
 
-# %% ../../nbs/34_training.callback.ipynb #f894076e
+# %% ../../nbs/34_training.callback.ipynb #fe2498f0
 class Precision(Callback):
     "Runs the forward pass in mixed precision on channels-last batches; predictions come back in float32."
 
@@ -99,16 +99,19 @@ class Precision(Callback):
         self._context = autocast(self.device, self.precision)
         self._context.__enter__()
 
-    def after_pred(self) -> None:
+    def leave(self) -> None:
+        "Back to full precision; to be called as well when a step was broken off."
         self._context.__exit__(None, None, None)
         self._context = nullcontext()
+
+    def after_pred(self) -> None:
+        self.leave()
         self.learn.pred = self.learn.pred.float()
 
     def after_cancel_batch(self) -> None:
-        self._context.__exit__(None, None, None)
-        self._context = nullcontext()
+        self.leave()
 
-# %% ../../nbs/34_training.callback.ipynb #9eab81f4
+# %% ../../nbs/34_training.callback.ipynb #5044c71a
 @torch.no_grad()
 def update_average(
     average: nn.Module,  # Changed in place
@@ -138,7 +141,7 @@ class Average(Callback):
         step = self.clock.step
         update_average(self.model_average, self.learn.model, min(self.decay, (1 + step) / (10 + step)))
 
-# %% ../../nbs/34_training.callback.ipynb #e7e2c21c
+# %% ../../nbs/34_training.callback.ipynb #c2270942
 class Bar(Callback):
     "A tqdm bar over steps or minutes, with loss and validation Dice."
 
@@ -160,7 +163,7 @@ class Bar(Callback):
     def after_fit(self) -> None:
         self.meter.close()
 
-# %% ../../nbs/34_training.callback.ipynb #1cf5f40c
+# %% ../../nbs/34_training.callback.ipynb #1cfaaf4f
 class EachEpoch(Callback):
     "Calls a function after the steps of an epoch, instead of fastai's validation loop; True ends the run."
 

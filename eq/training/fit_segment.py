@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FitOptions', 'channel_stats', 'Fit', 'end_epoch', 'FitResult', 'fit_segment']
 
-# %% ../../nbs/36_training.fit_segment.ipynb #0754b070
+# %% ../../nbs/36_training.fit_segment.ipynb #d9f435d4
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from torch import nn
 
-from ..core.device import memory_format, pick_device, seed_everything
+from ..core.device import free_cache, is_out_of_memory, memory_format, pick_device, seed_everything
 from ..core.files import plain
 from ..core.registry import EqError
 from ..core.results import CheckpointMeta
@@ -32,7 +32,7 @@ from .loss import LOSSES
 from .state import Progress, Trainee, load_state, save_state
 from .validate import Eye, Validation, validate
 
-# %% ../../nbs/36_training.fit_segment.ipynb #b5c10369
+# %% ../../nbs/36_training.fit_segment.ipynb #e19fe326
 @dataclass(frozen=True)
 class FitOptions:
     "How a segmentation network is fitted."
@@ -64,7 +64,7 @@ class FitOptions:
         if self.keep not in ("best", "last"):
             raise EqError(f"keep = {self.keep!r}; valid: 'best' or 'last'")
 
-# %% ../../nbs/36_training.fit_segment.ipynb #d49482ba
+# %% ../../nbs/36_training.fit_segment.ipynb #59c1adb9
 def channel_stats(
     samples: Sequence[Sample],  # Training images
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:  # Mean and standard deviation per channel, on the 0-1 scale
@@ -72,7 +72,7 @@ def channel_stats(
     pixels = np.concatenate([s.image.reshape(-1, s.image.shape[-1])[::7] for s in samples]).astype(np.float64) / 255
     return tuple(pixels.mean(0).round(6).tolist()), tuple(np.maximum(pixels.std(0), 1 / 255).round(6).tolist())
 
-# %% ../../nbs/36_training.fit_segment.ipynb #39e948d0
+# %% ../../nbs/36_training.fit_segment.ipynb #7bdcbcc0
 class Fit:
     "A training run in a folder. Use `fit_segment`."
 
@@ -101,12 +101,22 @@ class Fit:
         known = {id(p) for p in encoder}
         return [g for g in (encoder, [p for p in model.parameters() if id(p) not in known]) if g]
 
-    def _learner(self) -> Learner:
+    def _loaders(self) -> DataLoaders:
         loader = DataLoader(self.stream, bs=self.options.batch_size, num_workers=0, shuffle=False, device=torch.device(self.device))
-        learn = Learner(DataLoaders(loader, loader), self.model, loss_func=LOSSES[self.options.loss](), splitter=self._groups,
+        return DataLoaders(loader, loader)
+
+    def _learner(self) -> Learner:
+        learn = Learner(self._loaders(), self.model, loss_func=LOSSES[self.options.loss](), splitter=self._groups,
                         opt_func=lambda p, **_: OptimWrapper(p, torch.optim.AdamW), default_cbs=False, cbs=[TrainEvalCallback()], wd=self.options.weight_decay)
         learn.create_opt()
         return learn
+
+    def halve(self) -> None:
+        "Goes on with half the batch; the epoch that ran out of memory begins anew."
+        size = self.options.batch_size // 2
+        self.options = replace(self.options, batch_size=size)
+        self.stream.length, self.stream.start = size * self.options.steps_per_epoch, size * self.clock.step
+        self.learn.dls = self._loaders()
 
     def rates(self) -> tuple[float, ...]:  # One for each parameter group
         "Peak learning rates: the encoder's, then the rest's."
@@ -122,7 +132,7 @@ class Fit:
         found = {"validation_dice": score.dice, "step": self.clock.step, "seconds": self.clock.seconds(), **metrics}
         return replace(self.meta, threshold=score.threshold, tta=score.tta, metrics=found)
 
-# %% ../../nbs/36_training.fit_segment.ipynb #b24dc7a6
+# %% ../../nbs/36_training.fit_segment.ipynb #d6bea6ea
 def end_epoch(
     fit: Fit,  # The run
     loss: float,  # Mean training loss of the epoch
@@ -148,7 +158,7 @@ def end_epoch(
     fit.stream.start = clock.step * fit.options.batch_size
     return finished
 
-# %% ../../nbs/36_training.fit_segment.ipynb #3496918c
+# %% ../../nbs/36_training.fit_segment.ipynb #2352fc9e
 @dataclass(frozen=True)
 class FitResult:
     "What a training run leaves behind."
@@ -161,14 +171,25 @@ class FitResult:
 
 
 def _run(fit: Fit) -> None:
-    "The loop itself: as many epochs as the options ask for, less those that are done."
+    "The loop itself: as many epochs as the options ask for, less those that are done; half the batch when memory runs out."
     options, clock, done = fit.options, fit.clock, fit.trainee.progress.epoch
     epochs = options.epochs - done if options.minutes is None else 10**6
     if epochs <= 0 or clock.progress() >= 1:
         return
-    cbs = [Schedule(clock, fit.rates(), options.frozen_until), Precision(fit.device, options.precision),
-           Average(fit.trainee.average, clock, options.ema), fit.bar, EachEpoch(lambda loss: end_epoch(fit, loss))]
-    fit.learn.fit(epochs, cbs=cbs)
+    precision = Precision(fit.device, options.precision)
+    cbs = [Schedule(clock, fit.rates(), options.frozen_until), precision, Average(fit.trainee.average, clock, options.ema), fit.bar,
+           EachEpoch(lambda loss: end_epoch(fit, loss))]
+    try:
+        fit.learn.fit(epochs, cbs=cbs)
+        return
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or options.batch_size == 1:
+            raise
+        precision.leave()
+    fit.halve()  # outside of `except`: there the traceback still holds the tensors
+    free_cache()
+    fit.bar.note = f", out of memory: batch now {fit.options.batch_size}"
+    _run(fit)
 
 
 def _finish(fit: Fit) -> FitResult:

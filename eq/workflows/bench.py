@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'Benchmark', 'BENCHES', 'Row', 'Sitting', 'plot_rows', 'write_plot', 'load_bench', 'command']
 
-# %% ../../nbs/77_workflows.bench.ipynb #54d56890
+# %% ../../nbs/77_workflows.bench.ipynb #51b61b0f
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -21,7 +21,7 @@ from ..core.paths import repo_root
 from ..core.provenance import code_version
 from ..core.registry import Registry
 
-# %% ../../nbs/77_workflows.bench.ipynb #374afd40
+# %% ../../nbs/77_workflows.bench.ipynb #0d87e698
 COLUMNS = ["bench", "variant", "metric", "value", "unit", "seed", "run", "date", "commit", "command"]
 
 
@@ -59,7 +59,7 @@ class Sitting:
             pd.concat([*old, new], ignore_index=True).to_csv(temp, index=False)
         return path
 
-# %% ../../nbs/77_workflows.bench.ipynb #7386c784
+# %% ../../nbs/77_workflows.bench.ipynb #475028be
 def plot_rows(
     table: pd.DataFrame,  # Rows of one run
     metrics: list[str],  # What to show, one panel each
@@ -89,7 +89,7 @@ def write_plot(
         plot_rows(table[table["run"] == run], metrics).savefig(temp, format="png", dpi=130)
     return csv.with_suffix(".png")
 
-# %% ../../nbs/77_workflows.bench.ipynb #3b2ff7af
+# %% ../../nbs/77_workflows.bench.ipynb #b57f344e
 Benchmark = Callable[[Sitting, float | None, tuple[int, ...] | None, list[str] | None], None]
 BENCHES: Registry[str] = Registry("benchmark")  # name to "module:function"
 BENCHES.register("em")("eq.workflows.bench_segment:bench_em")
@@ -108,11 +108,12 @@ def load_bench(
 
 
 def command(
-    name: Annotated[str, typer.Argument(help="em, glom or tiles")],
+    name: Annotated[str, typer.Argument(help="em, glom, tiles, or all of them")],
     minutes: Annotated[float | None, typer.Option(help="Training time of each method [params.yaml: bench.minutes]")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds, one --seed each [params.yaml: bench.seeds]")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Measure only this variant, one --only each")] = None,
 ) -> None:
     "Measure side by side with peers and append the rows to benchmarks/results/NAME.csv."
     words = ["eq", "bench", name] + ([f"--minutes {minutes:g}"] if minutes else []) + [f"--seed {s}" for s in seed or []] + [f"--only {v}" for v in only or []]
-    load_bench(name)(Sitting(name, " ".join(words)), minutes, tuple(seed) if seed else None, only)
+    for each in BENCHES.names() if name == "all" else [name]:
+        load_bench(each)(Sitting(each, " ".join(words)), minutes, tuple(seed) if seed else None, only)

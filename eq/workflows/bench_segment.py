@@ -7,7 +7,7 @@ __all__ = ['Predictor', 'VARIANTS', 'ORDER', 'Case', 'eq_default', 'eq_quarter',
            'background', 'nnunet', 'Scored', 'pieces', 'score_case', 'summary_rows', 'difference_rows', 'Protocol',
            'run_protocol', 'bench_em', 'bench_glom']
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #7d7cb8d8
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #db2de205
 import json
 import subprocess
 import sys
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..core.config import load_config
 from ..core.metrics import pixel_scores, pooled_scores
@@ -36,7 +37,7 @@ from ..training.classic import ClassicOptions, best_rate, fit_classic
 from .bench import Row, Sitting, write_plot
 from .train import TrainRequest, train_segmentation
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #8b40396e
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #55ecad76
 @dataclass
 class Case:
     "One split and seed, and what the variants measured on it so far."
@@ -70,7 +71,7 @@ def _eq(case: Case, variant: str, **values: Any) -> Predictor:
     segmenter = Segmenter.from_checkpoint(result.folder)
     return lambda rgb: predict_labels(segmenter, rgb)
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #3bd8be83
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #8c544291
 @VARIANTS.register("eq")
 def eq_default(
     case: Case,  # What to train on
@@ -109,7 +110,7 @@ def classic(
     small = case.small()
     return lambda rgb: label_objects(trained.probability(rgb) >= trained.threshold, small)
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #08855557
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #d4bf7a4a
 @VARIANTS.register("otsu")
 def otsu(
     case: Case,  # What to choose the channel on
@@ -158,7 +159,7 @@ def nnunet(
     small = case.small()
     return lambda rgb: label_objects(np.load(maps[rgb.tobytes()]) >= 0.5, small)
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #3635d4f5
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #322da85d
 @dataclass(frozen=True)
 class Scored:
     "One test image (or quadrant) scored."
@@ -200,7 +201,7 @@ def score_case(
             found.append(Scored(variant, case.seed, case.fold, sample.name, name, pixel, detection_scores(labels[where], truth[where])))
     return found
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #38a5965e
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #31d1a066
 def summary_rows(
     scored: Sequence[Scored],  # One variant and seed, all folds
 ) -> list[Row]:
@@ -232,7 +233,7 @@ def difference_rows(
             rows.append(Row(f"{first} - {second}", f"{metric}_difference{what}", round(value, 4), unit=f"{gap.n_units} units", seed="all"))
     return rows
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #b1baae45
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #fb8df00c
 def _splits(name: str, source: str) -> list[Split]:
     "The declared split of em; three grouped folds of glom."
     cohort = load_source(source)
@@ -291,6 +292,7 @@ def _measure(cases: list[Case], variant: str, cut: int, sitting: Sitting) -> lis
     rows = summary_rows(found)
     rows += [Row(variant, "minutes", round(c.seconds[variant] / 60, 2), "min", f"{c.seed}/{c.fold}") for c in cases if variant in c.seconds]
     rows += [Row(variant, "crops", c.crops[variant], "crops", f"{c.seed}/{c.fold}") for c in cases if variant in c.crops]
+    rows.append(Row(variant, "threads", torch.get_num_threads(), "threads", str(cases[0].seed)))
     sitting.append(rows)
     print(f"{variant} seed {cases[0].seed}: " + ", ".join(f"{r.metric} {r.value:g}" for r in rows if not r.unit), flush=True)
     return found
