@@ -114,7 +114,7 @@ def test_half_a_file_is_always_refused(name: str, sound: dict[str, bytes], tmp_p
     path = tmp_path / name
     for share in (0.02, 0.3, 0.5, 0.8, 0.97):
         path.write_bytes(sound[name][: int(len(sound[name]) * share)])
-        with pytest.raises(EqError, match="truncated|damaged"):
+        with pytest.raises(EqError, match="truncated|damaged|the content is no"):
             open_image(path).read_all()
 
 
@@ -142,29 +142,35 @@ def tiff_that_inflates(path: Path, strips: bytes, side: int) -> None:
     path.write_bytes(bytes(data) + strips)
 
 
-def peak_mb_of(code: str, *args: object) -> tuple[float, str]:
-    "Peak memory of Python code in a process of its own, and what it printed."
-    full = f"import sys\nargs = sys.argv[1:]\n{code}\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
-    done = subprocess.run([sys.executable, "-c", full, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    *lines, peak = done.stdout.strip().splitlines()
-    return float(peak), "\n".join(lines)
-
-
 TRY = """
+import resource, sys
 from eq.core.registry import EqError
 from eq.data.io import open_image
-try:
-    image = open_image(args[0]); image.rgb(0, 0, min(64, image.height), min(64, image.width)); print("read")
-except EqError as exc:
-    print(exc)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+def attempt(path):
+    try:
+        image = open_image(path)
+        image.rgb(0, 0, min(64, image.height), min(64, image.width))
+        return "read"
+    except EqError as exc:
+        return str(exc)
 """
+
+
+def lines_of(code: str, *args: object) -> list[str]:
+    "What Python code prints in a process of its own, whose peak memory is its own too."
+    done = subprocess.run([sys.executable, "-c", TRY + code, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip().splitlines()
 
 
 def test_bombs_are_refused_before_they_go_off(tmp_path: Path) -> None:
     (tmp_path / "huge.png").write_bytes(png_that_declares(60_000, 60_000))
     (tmp_path / "wide.png").write_bytes(png_that_declares(2**31 - 1, 2**31 - 1))
-    tiff_that_inflates(tmp_path / "inflates.tif", zlib.compress(bytes(3 * 2**30), 9), 1000)
+    tiff_that_inflates(tmp_path / "inflates.tif", zlib.compress(bytes(700 * 2**20), 1), 1000)
     tifffile.imwrite(tmp_path / "strip.tif", np.zeros((64, 64), np.uint8), compression="zlib", rowsperstrip=64)
     data = bytearray((tmp_path / "strip.tif").read_bytes())
     with tifffile.TiffFile(tmp_path / "strip.tif") as tif:
@@ -177,34 +183,34 @@ def test_bombs_are_refused_before_they_go_off(tmp_path: Path) -> None:
     jpeg[at : at + 4] = struct.pack(">HH", 65_000, 65_000)
     (tmp_path / "huge.jpg").write_bytes(jpeg)
     expected = {
-        "huge.png": "3600 Mpx, more than",
-        "wide.png": "cannot be decoded|more than",
+        "huge.png": "declares more than the 179 Mpx",
+        "wide.png": "cannot be decoded|declares more than",
         "inflates.tif": "inflates to more than the 1000000 bytes",
         "strip.tif": "cannot hold|GiB",
-        "huge.jpg": "4225 Mpx, more than",
+        "huge.jpg": "declares more than the 179 Mpx",
     }
-    for name, text in expected.items():
-        peak, said = peak_mb_of(TRY, tmp_path / name)
-        assert any(t in said for t in text.split("|")) and name in said, said
-        assert peak < 500, f"{name} took {peak:.0f} MB"
+    said = lines_of("for path in sys.argv[1:]: print(peak(), attempt(path))", *(tmp_path / name for name in expected))
+    for (name, text), line in zip(expected.items(), said, strict=True):
+        assert any(t in line for t in text.split("|")) and name in line, line
+        assert int(line.split()[0]) < 500, f"{name}: {line}"
 
 
 def test_a_corner_of_a_large_image_costs_a_corner(tmp_path: Path) -> None:
-    "16384 x 16384 RGB: the corner decodes a few tiles; walking over all of it keeps a bounded number of them."
-    plan = TiffPlan(16_384, 16_384, np.uint8, 3, 0.25)
-    band = np.broadcast_to(np.arange(16_384, dtype=np.uint8)[None, :, None], (512, 16_384, 3))
-    write_ome_tiff_bands(tmp_path / "large.ome.tif", (band for _ in range(32)), plan)
-    base, _ = peak_mb_of("import eq.data.io")
-    corner, said = peak_mb_of(TRY, tmp_path / "large.ome.tif")
-    assert said == "read" and corner - base < 40, f"{corner - base:.0f} MB for a corner"
-    walk = """
-from eq.data.io import open_image
-image = open_image(args[0])
-print(sum(int(image.rgb(y, x, 512, 512)[7, 7, 1]) for y in range(0, 8192, 512) for x in range(0, 16384, 512)))
+    "8192 rows of 16384: the corner decodes a few tiles; walking over all of it keeps a bounded number of them."
+    plan = TiffPlan(8192, 16_384, np.uint8, px_size_um=0.25)
+    band = np.broadcast_to(np.arange(16_384).astype(np.uint8)[None, :], (512, 16_384))
+    write_ome_tiff_bands(tmp_path / "large.ome.tif", (band for _ in range(16)), plan)
+    code = """
+print(peak())
+print(attempt(sys.argv[1]), peak())
+image = open_image(sys.argv[1])
+total = sum(int(image.rgb(y, x, 512, 512)[7, 7, 1]) for y in range(0, 8192, 512) for x in range(0, 16384, 512))
+print(total, peak())
 """
-    peak, said = peak_mb_of(walk, tmp_path / "large.ome.tif")
-    assert int(said) == 16 * sum((x + 7) % 256 for x in range(0, 16_384, 512))
-    assert peak - base < 150, f"{peak - base:.0f} MB for a walk"
+    base, corner, walk = (line.split() for line in lines_of(code, tmp_path / "large.ome.tif"))
+    assert corner[0] == "read" and int(corner[1]) - int(base[0]) < 40, (base, corner)
+    assert int(walk[0]) == 16 * sum((x + 7) % 256 for x in range(0, 16_384, 512))
+    assert int(walk[1]) - int(base[0]) < 110, (base, walk)
 
 
 # ---------------------------------------------------------------- other things users have
@@ -259,7 +265,7 @@ def test_every_bad_pair_is_listed_at_once(tmp_path: Path) -> None:
         write_png(where, mask)
         kind = i % 9
         if kind == 0:
-            image.write_bytes(image.read_bytes()[:500])
+            image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
         elif kind == 1:
             write_png(where, mask[:50])
         elif kind == 2:
@@ -347,7 +353,7 @@ OUTPUTS: dict[str, Callable[[Path], object]] = {
     "a.png": lambda p: write_png(p, np.tile(NOISE, (2, 1))),
     "a.ome.tif": lambda p: write_ome_tiff(p, np.tile(NOISE, (4, 1))),
     "b.ome.tif": lambda p: write_ome_tiff_bands(p, (NOISE for _ in range(4)), BANDS),
-    "a.geojson": lambda p: write_geojson(p, labels_to_geojson((NOISE > 200).astype(np.int32))),
+    "a.geojson": lambda p: write_geojson(p, labels_to_geojson((NOISE[:192, :192] > 100).astype(np.int32))),
 }
 
 
@@ -441,4 +447,4 @@ def test_masks_of_the_wrong_coding_say_so(tmp_path: Path) -> None:
     (problem,) = validate_pairs(Cohort(table=pd.DataFrame([row | {"mask_coding": "red"}]), name="x"))
     assert "did you mean 'red127'?" in problem.detail
     with pytest.raises(EqError, match="neither black, green nor red"):
-        read_mask(write_png(tmp_path / "b.png", RGB), "glom_viable_sclerosed")
+        read_mask(write_png(tmp_path / "b.png", RGB | np.uint8(128)), "glom_viable_sclerosed")

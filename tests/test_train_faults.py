@@ -24,7 +24,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-EPOCHS, STEPS = 4, 2
+EPOCHS, STEPS = 4, 2  # four checkpoints; faults strike in the first and the second
 LAST = Path("checkpoints") / "last"
 
 
@@ -220,13 +220,11 @@ class Reference:
     seconds: float
     events: list[tuple[str, str]]  # (operation, path below the run's folder) in order
 
-    def within(self, folder_number: int) -> list[int]:
-        """The operations from the first write into the n-th checkpoint folder to the last before the next one."""
-        steps = sorted({path.split("/")[1] for _, path in self.events if path.startswith("checkpoints/step-")})
-        first = next(i for i, (_, path) in enumerate(self.events) if steps[folder_number] in path)
-        after = [i for i, (_, path) in enumerate(self.events) if steps[folder_number + 1] in path]
-        inside = range(first, after[0] if after else len(self.events))
-        return [i for i in inside if self.events[i][1].startswith("checkpoints")]
+    def find(self, operation: str, name: str, checkpoint: int = -1) -> int:
+        """Number of the file operation on a file of the n-th checkpoint (the last that has it for -1), links included."""
+        starts = [i for i, (kind, path) in enumerate(self.events) if kind == "tensors" and path.endswith("-model.safetensors") and "/step-" in path]
+        first, end = (0, len(self.events)) if checkpoint < 0 else (starts[checkpoint], starts[checkpoint + 1])
+        return max(i for i in range(first, end) if self.events[i][0] == operation and self.events[i][1].endswith(name))
 
 
 @pytest.fixture(scope="module")
@@ -287,18 +285,20 @@ def test_kill_at_random_times(bench: Bench, reference: Reference) -> None:
     assert weights(out) == reference.weights
 
 
-@pytest.mark.parametrize(("number", "points"), [(0, 3), (1, 6)])
-def test_kill_inside_a_checkpoint_write(bench: Bench, reference: Reference, number: int, points: int) -> None:
-    """Killed before a file operation of a checkpoint: the one before it loads, and going on from there ends with the same bits."""
-    inside = reference.within(number)
-    for at in sorted({inside[round(k * (len(inside) - 1) / (points - 1))] for k in range(points)}):
-        out = bench.folder / f"inside-{number}-{at}"
-        kind = "half" if reference.events[at][0] == "tensors" else "kill"
-        assert bench.run(out, fault=Fault(kind, at)) == -signal.SIGKILL, said(out)
-        check_folder(out)
-        assert number == 0 or (out / LAST).exists(), f"killed before {reference.events[at]}: the checkpoint before it is gone"
-        bench.carry_on(out)
-        assert weights(out) == reference.weights
+@pytest.mark.parametrize(
+    ("checkpoint", "operation", "name"),
+    [(0, "tensors", "-model.safetensors"), (0, "replace", "last"), (1, "tensors", "-model.safetensors"), (1, "replace", "model.json"),
+     (1, "tensors", "-resume.safetensors"), (1, "fsync", "-resume.json"), (1, "replace", "last"), (-1, "replace", "best")],
+)
+def test_kill_inside_a_checkpoint_write(bench: Bench, reference: Reference, checkpoint: int, operation: str, name: str) -> None:
+    """Killed half-way through writing tensors or just before a rename: the checkpoint before loads, and the end has the same bits."""
+    at = reference.find(operation, name, checkpoint)
+    out = bench.folder / f"inside-{at}"
+    assert bench.run(out, fault=Fault("half" if operation == "tensors" else "kill", at)) == -signal.SIGKILL, said(out)
+    check_folder(out)
+    assert checkpoint == 0 or (out / LAST).exists(), "the checkpoint before it is gone"
+    bench.carry_on(out)
+    assert weights(out) == reference.weights
 
 
 def test_ctrl_c(bench: Bench, reference: Reference) -> None:
@@ -318,19 +318,23 @@ def test_ctrl_c(bench: Bench, reference: Reference) -> None:
     assert weights(out) == reference.weights
 
 
-def test_disk_full_at_each_kind_of_file(bench: Bench, reference: Reference) -> None:
-    """No space from the n-th file operation on: one clear line, exit code 2, the checkpoint before it intact, and a run that can go on."""
-    second = reference.within(1)
-    last = len(reference.events) - 1
-    for at in (second[0], second[len(second) // 2], max(i for i in range(last) if not reference.events[i][1].startswith("checkpoints"))):
-        out = bench.folder / f"full-{at}"
-        assert bench.run(out, fault=Fault("full", at)) == 2, said(out)
-        assert "eq: error: disk full while writing" in said(out)
-        assert "Traceback" not in said(out)
-        check_folder(out)
-        assert (out / LAST).exists()
-        bench.carry_on(out)
-        assert weights(out) == reference.weights
+def check_full_disk(out: Path) -> None:
+    """After a full disk: one clear line, whole files only, and an earlier checkpoint to go on from."""
+    error = said(out)[said(out).index("eq: error: ") :]
+    assert error.startswith("eq: error: disk full while writing ") and error.count("\n") == 1, error
+    assert "Traceback" not in said(out)
+    check_folder(out)
+    assert (out / LAST).exists()
+
+
+@pytest.mark.parametrize(("operation", "name", "checkpoint"), [("fsync", "-resume.safetensors", 1), ("replace", "manifest.json", -1)])
+def test_disk_full_from_some_file_on(bench: Bench, reference: Reference, operation: str, name: str, checkpoint: int) -> None:
+    """No space from one file operation on: exit code 2, the checkpoint before it intact, and a run that can go on."""
+    out = bench.folder / f"full{name}"
+    assert bench.run(out, fault=Fault("full", reference.find(operation, name, checkpoint))) == 2, said(out)
+    check_full_disk(out)
+    bench.carry_on(out)
+    assert weights(out) == reference.weights
 
 
 def test_small_disk(bench: Bench, reference: Reference, small_disk: Callable[[int], Path | None]) -> None:
@@ -338,11 +342,9 @@ def test_small_disk(bench: Bench, reference: Reference, small_disk: Callable[[in
     one = sum(p.stat().st_size for p in (bench.folder / "reference" / LAST).resolve().iterdir())
     disk = small_disk(one + one // 2)
     out = (disk or bench.folder) / "small"
-    assert bench.run(out, fault=None if disk else Fault("full", reference.within(1)[1])) == 2, said(out)
-    assert "eq: error: disk full while writing" in said(out)
-    assert "Traceback" not in said(out)
-    check_folder(out)
-    assert (out / LAST).exists()
+    fault = None if disk else Fault("full", reference.find("tensors", "-resume.safetensors", 1))
+    assert bench.run(out, fault=fault) == 2, said(out)
+    check_full_disk(out)
     if disk:
         subprocess.run(["mount", "-o", f"remount,size={10 * one}", str(disk)], check=True)
     bench.carry_on(out)

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['load_samples', 'speck_area', 'segment_block']
 
-# %% ../../nbs/17b_data.block.ipynb #98480a47
+# %% ../../nbs/17b_data.block.ipynb #a2f7b6a5
+# fastai builds much of itself at run time, where a type checker cannot follow
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from .io import open_image
 from .mask import read_mask
 from .write import write_png
 
-# %% ../../nbs/17b_data.block.ipynb #6ff3654e
+# %% ../../nbs/17b_data.block.ipynb #58e43d58
 def load_samples(
     cohort: Cohort,  # Every row needs a mask
     scale: float,  # Original pixels that one working pixel spans along one side
@@ -58,7 +60,7 @@ def speck_area(
         areas += [int(a) for i, a in enumerate(sizes) if i > 0 and a > 0 and i not in border]
     return int(part * np.percentile(areas, 5) * scale**2) if areas else 0
 
-# %% ../../nbs/17b_data.block.ipynb #578375f6
+# %% ../../nbs/17b_data.block.ipynb #0694babb
 def _masks_as_classes(cohort: Cohort, folder: Path) -> pd.DataFrame:
     "The table with masks rewritten as 0/1 PNG files in `folder`."
     table = cohort.table.reset_index(drop=True).copy()

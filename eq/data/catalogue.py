@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCES', 'Source', 'require_folder', 'image_files', 'add_source']
 
-# %% ../../nbs/19_data.catalogue.ipynb #82b7dfe9
+# %% ../../nbs/19_data.catalogue.ipynb #8df5ed24
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..core.registry import EqError, Registry, unknown_name
 from .cohort import USES, Cohort
 from .io import is_image_path
 
-# %% ../../nbs/19_data.catalogue.ipynb #0074e881
+# %% ../../nbs/19_data.catalogue.ipynb #7ec6700c
 @dataclass(frozen=True)
 class Source:
     "A set of images: what it is, its terms, and how its table is made from its folder."
@@ -46,25 +46,21 @@ class Source:
     ) -> Cohort:  # With absolute paths
         "Read the folder into a cohort. Raises EqError where it is missing or holds no image."
         folder = require_folder(self.name, self.where(root))
-        return self.cohort(self.rows(folder), folder)
+        return _as_cohort(self, self.rows(folder), folder)
 
-    def cohort(
-        self,
-        table: pd.DataFrame,  # What `rows` returned
-        folder: Path,  # Where it looked
-    ) -> Cohort:  # With what holds for the whole set
-        "A table of this source as a cohort."
-        if not len(table):
-            raise EqError(f"source {self.name!r}: no image of the expected names in {folder}")
-        if self.px_size_um is not None:
-            table = table.assign(px_size_um=self.px_size_um)
-        keys = ("name", "task", "split_unit", "terms", "use", "scheme", "synthetic")
-        return Cohort(table, **{k: getattr(self, k) for k in keys})
+# %% ../../nbs/19_data.catalogue.ipynb #f02ed737
+def _as_cohort(source: Source, table: pd.DataFrame, folder: Path) -> Cohort:
+    if not len(table):
+        raise EqError(f"source {source.name!r}: no image of the expected names in {folder}")
+    if source.px_size_um is not None:
+        table = table.assign(px_size_um=source.px_size_um)
+    keys = ("name", "task", "split_unit", "terms", "use", "scheme", "synthetic")
+    return Cohort(table, **{k: getattr(source, k) for k in keys})
 
 
 SOURCES: Registry[Source] = Registry("source")
 
-# %% ../../nbs/19_data.catalogue.ipynb #7bd11f5f
+# %% ../../nbs/19_data.catalogue.ipynb #d730eaf6
 def require_folder(
     name: str,  # Of the source
     folder: Path,  # Where its images should be

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sample', 'to_working', 'mask_to_working', 'CropPlan', 'CropStream']
 
-# %% ../../nbs/17_data.crops.ipynb #088bc8a6
+# %% ../../nbs/17_data.crops.ipynb #be97318c
 from dataclasses import dataclass
 from collections.abc import Iterator, Sequence
 
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from ..core.registry import EqError
 from .augment import augment
 
-# %% ../../nbs/17_data.crops.ipynb #858d13f9
+# %% ../../nbs/17_data.crops.ipynb #82c86056
 @dataclass(frozen=True)
 class Sample:
     "An image (H, W, 3) uint8 and its mask (H, W) uint8 of classes, both at working resolution."
@@ -49,7 +49,7 @@ def mask_to_working(
     "Resamples a binary mask: a working pixel is set where at least half of it is covered."
     return (to_working(mask * np.uint8(255), scale) >= 128).astype(np.uint8)
 
-# %% ../../nbs/17_data.crops.ipynb #8fea5c17
+# %% ../../nbs/17_data.crops.ipynb #3b9c91f7
 @dataclass(frozen=True)
 class CropPlan:
     "How crops are drawn. Sizes in working pixels."
@@ -78,7 +78,7 @@ def _warp(pixels: np.ndarray, matrix: np.ndarray, size: int, nearest: bool = Fal
     flags = cv2.WARP_INVERSE_MAP | (cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR)
     return cv2.warpAffine(pixels, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REFLECT_101)
 
-# %% ../../nbs/17_data.crops.ipynb #170c3050
+# %% ../../nbs/17_data.crops.ipynb #c0ca0f33
 def _objects(pairs: Sequence[Sample], min_area: int = 30) -> list[tuple[np.ndarray, np.ndarray]]:
     "Whole objects (not cut by the image's border) with a margin: (image patch, mask patch)."
     found = []
@@ -106,7 +106,7 @@ def _paste(crop: tuple[np.ndarray, np.ndarray], thing: tuple[np.ndarray, np.ndar
     image[:] = (alpha * pixels + (1 - alpha) * image + 0.5).astype(np.uint8)
     mask[cover >= 0.5] = 1
 
-# %% ../../nbs/17_data.crops.ipynb #e554380a
+# %% ../../nbs/17_data.crops.ipynb #c4fee309
 class CropStream(Dataset):
     "Endless supply of training crops: item i is a function of (seed, i). Images (C, H, W) float32 normalised, masks (H, W) float32."
 
@@ -122,7 +122,7 @@ class CropStream(Dataset):
         if not pairs:
             raise EqError("no training images: the stream needs at least one sample")
         self.pairs, self.plan, self.length, self.seed, self.start = list(pairs), plan, length, seed, 0
-        self.mean, self.std = np.float32(mean) * 255, np.float32(std) * 255
+        self.mean, self.std = np.asarray(mean, np.float32) * 255, np.asarray(std, np.float32) * 255
         self._positive = [np.argwhere(p.mask)[:: max(1, int(p.mask.sum()) // 20_000)] for p in self.pairs]
         self._with_object = [i for i, at in enumerate(self._positive) if len(at)]
         self._bank = _objects(self.pairs) if plan.paste else []

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['counted', 'image_facts', 'describe_cohort']
 
-# %% ../../nbs/12e_data.describe.ipynb #b164f1d4
+# %% ../../nbs/12e_data.describe.ipynb #2f94fa7a
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +17,7 @@ from .cohort import Cohort
 from .io import open_image
 from .mask import MASK_CODINGS
 
-# %% ../../nbs/12e_data.describe.ipynb #1056588c
+# %% ../../nbs/12e_data.describe.ipynb #6870b6b0
 def counted(
     values: Iterable[object],  # Anything; empty text is passed over
     most: int = 6,  # So many are named
@@ -27,7 +27,7 @@ def counted(
     named = [f"{name} {n}" for name, n in sorted(counts.items(), key=lambda c: (-c[1], c[0]))]
     return ", ".join(named[:most]) + (f" and {len(named) - most} more" if len(named) > most else "")
 
-# %% ../../nbs/12e_data.describe.ipynb #4b84b775
+# %% ../../nbs/12e_data.describe.ipynb #3c2844c9
 def image_facts(
     cohort: Cohort,  # Whose files are opened, headers only
 ) -> pd.DataFrame:  # One row an image: size (width x height), type, px_size_um, px_size_source; "unreadable" where it is
@@ -50,7 +50,7 @@ def _pixel_size(facts: pd.DataFrame) -> str:
     unknown = len(facts) - len(known)
     return ", ".join([*said, *([f"unknown {unknown}: areas in px2 unless --px-size-um is given"] if unknown else [])])
 
-
+# %% ../../nbs/12e_data.describe.ipynb #9a1177cb
 def describe_cohort(
     cohort: Cohort,  # Any
 ) -> dict[str, str]:  # Heading to text, in the order to be shown; what does not apply is absent

@@ -7,7 +7,7 @@ __all__ = ['READERS', 'MAX_WHOLE_BYTES', 'Format', 'readable_suffixes', 'is_imag
            'image_window', 'block_mean', 'Image', 'read_whole', 'read_picture', 'open_image', 'TiffPlan',
            'write_ome_tiff', 'write_ome_tiff_bands', 'write_png']
 
-# %% ../../nbs/10_data.io.ipynb #6e5cfd56
+# %% ../../nbs/10_data.io.ipynb #aeadc761
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,7 +25,7 @@ from .write import TiffPlan, write_ome_tiff, write_ome_tiff_bands, write_png  # 
 
 _all_ = ["TiffPlan", "write_ome_tiff", "write_ome_tiff_bands", "write_png"]
 
-# %% ../../nbs/10_data.io.ipynb #b85e612f
+# %% ../../nbs/10_data.io.ipynb #f5129471
 @dataclass(frozen=True)
 class Format:
     "A file format: its suffixes, how its first 16 bytes look, and what opens it."
@@ -52,7 +52,7 @@ def is_image_path(
     "True for names of images, by suffix only; hidden and temporary files are none."
     return Path(path).suffix.lower() in readable_suffixes() and not Path(path).name.startswith(".")
 
-# %% ../../nbs/10_data.io.ipynb #3383e845
+# %% ../../nbs/10_data.io.ipynb #a6102366
 def image_format(
     path: str | Path,  # A file
 ) -> str:  # A name of READERS
@@ -77,7 +77,7 @@ def image_format(
         raise EqError(f"{path}: the suffix says {by_suffix}, the content is {by_content}; rename it to {path.stem}{READERS[by_content].suffixes[0]}")
     return by_content
 
-# %% ../../nbs/10_data.io.ipynb #162b7c19
+# %% ../../nbs/10_data.io.ipynb #403ab272
 MAX_WHOLE_BYTES = 4 * 2**30
 
 
@@ -105,7 +105,7 @@ class StoredImage:
         "Stored values of a region. Raises EqError where it leaves the image or the file is damaged."
         return self.pixels.read(y, x, h, w)
 
-# %% ../../nbs/10_data.io.ipynb #689c2975
+# %% ../../nbs/10_data.io.ipynb #b5a4097d
 _SAMPLE_SIDE, _SAMPLE_GRID = 256, 4  # the stretch of 16-bit and float images is learnt from 4 x 4 windows of 256 px
 _SAMPLE_ALL = 2048**2  # or from the whole image up to this many pixels
 
@@ -132,7 +132,7 @@ def image_window(
     except EqError as exc:
         raise EqError(f"{image.path}: {exc}") from exc
 
-# %% ../../nbs/10_data.io.ipynb #386e6a5b
+# %% ../../nbs/10_data.io.ipynb #639ce060
 def block_mean(
     band: np.ndarray,  # (h, w, 3) uint8
     step: int,  # Side of a block; those at the right and bottom edge may be smaller
@@ -149,7 +149,7 @@ def block_mean(
     counts[:, -1] = counts[:, -1] // step * (step - short[1])
     return ((sums + counts // 2) // counts).astype(np.uint8)
 
-# %% ../../nbs/10_data.io.ipynb #4f215f00
+# %% ../../nbs/10_data.io.ipynb #a95ad097
 @dataclass(frozen=True)
 class Image(StoredImage):
     "A lazy image: any region as stored (`read`) or as a picture (`rgb`)."
@@ -196,7 +196,7 @@ class Image(StoredImage):
         # workers of a data loader open the file themselves
         return open_image, (self.path, self.px_size_um if self.px_size_source == "given" else None)
 
-# %% ../../nbs/10_data.io.ipynb #7bc4da44
+# %% ../../nbs/10_data.io.ipynb #62230ed7
 def read_whole(
     image: StoredImage,  # Any
 ) -> np.ndarray:  # (H, W) or (H, W, channels)
@@ -219,7 +219,7 @@ def read_picture(
         y, x, h, w = region
         raise exc if str(image.path) in str(exc) else EqError(f"{image.path}: {exc} in the region y={y} x={x} h={h} w={w}") from exc
 
-# %% ../../nbs/10_data.io.ipynb #26f2b92d
+# %% ../../nbs/10_data.io.ipynb #2206b3b4
 def open_image(
     path: str | Path,  # A TIFF, PNG or JPEG, or any format of READERS
     px_size_um: float | None = None,  # Overrules what the file says

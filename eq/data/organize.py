@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['guess_coding', 'mask_values', 'folder_coding', 'Layout', 'organize_folder']
 
-# %% ../../nbs/12d_data.organize.ipynb #0e432a5b
+# %% ../../nbs/12d_data.organize.ipynb #94e48931
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from .io import open_image
 from .mask import MASK_CODINGS
 from .pairs import Pair, PairReport, find_pairs
 
-# %% ../../nbs/12d_data.organize.ipynb #69d0adbc
+# %% ../../nbs/12d_data.organize.ipynb #b0af8e04
 _LOOKED_AT = 20  # Masks that are read to recognise the coding of a folder
 _GREY_SPREAD = 40  # A compressed grey picture stored as RGB differs by less than this between channels
 
@@ -50,7 +50,7 @@ def guess_coding(
     gapless = values[-1] - values[0] + 1 == len(values) and values[0] in (0, 1) and len(values) < 256
     return "instances" if gapless or values[-1] > 255 else "grey127"
 
-
+# %% ../../nbs/12d_data.organize.ipynb #862c0572
 def mask_values(
     path: Path,  # A mask
 ) -> np.ndarray:  # As stored; bool where the file keeps one bit a pixel
@@ -60,7 +60,7 @@ def mask_values(
         return image.rgb()[..., 0] > 127  # stored as 0 and 1, or 1 and 0
     return image.rgb() if image.layout.kind == "palette" else image.read_all()
 
-# %% ../../nbs/12d_data.organize.ipynb #aa721738
+# %% ../../nbs/12d_data.organize.ipynb #edebd7d2
 def folder_coding(
     masks: Sequence[Path],  # All masks of a folder
 ) -> str:  # The one coding that fits those that were looked at
@@ -74,7 +74,7 @@ def folder_coding(
         raise EqError(f"masks are coded in different ways: {seen}; name one of {MASK_CODINGS.names()}")
     return next(iter(found), "grey127")
 
-# %% ../../nbs/12d_data.organize.ipynb #6dbab84b
+# %% ../../nbs/12d_data.organize.ipynb #dae0813e
 @dataclass(frozen=True)
 class Layout:
     "What the user says of a folder."
@@ -104,7 +104,7 @@ def _subject(pattern: str, pair: Pair, folder: Path) -> str:
         raise EqError(f"subject pattern {pattern!r} finds no animal in {path}")
     return found[1]
 
-
+# %% ../../nbs/12d_data.organize.ipynb #40bc4909
 def organize_folder(
     folder: str | Path,  # Looked through with everything below it
     layout: Layout = Layout(),  # What the folder cannot say

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FOLDER', 'load_folder', 'FolderSource', 'load_source', 'SOURCES', 'Source']
 
-# %% ../../nbs/19f_data.source.ipynb #3641278a
+# %% ../../nbs/19f_data.source.ipynb #9728f9e9
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .organize import organize_folder
 
 _all_ = ["SOURCES", "Source"]
 
-# %% ../../nbs/19f_data.source.ipynb #07f0ebd2
+# %% ../../nbs/19f_data.source.ipynb #0c5e6b4e
 def load_folder(
     folder: str | Path,  # An organised folder, or one whose images and masks can be paired by name
 ) -> Cohort:  # Its images
@@ -52,7 +52,7 @@ FOLDER = add_source(
     )
 )
 
-# %% ../../nbs/19f_data.source.ipynb #ecfc3d8a
+# %% ../../nbs/19f_data.source.ipynb #b0918234
 def load_source(
     name: str | Path,  # A name of SOURCES, a cohort CSV, or a folder of images
     root: str | Path | None = None,  # The data root; None: EQ__DATA__ROOT or its default. For "folder", the folder

@@ -6,7 +6,7 @@
 __all__ = ['CT_BLOCK', 'KIDNEY_CT', 'NIH_NAME', 'PUBLICATION', 'CHEST_XRAY', 'class_files', 'unbroken_runs', 'kidney_ct_rows',
            'chest_patient', 'chest_xray_rows']
 
-# %% ../../nbs/19e_data.source_classes.ipynb #6f86e27f
+# %% ../../nbs/19e_data.source_classes.ipynb #25cd6de3
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..core.registry import EqError
 from .catalogue import Source, add_source, image_files
 from .split import contiguous_blocks, position
 
-# %% ../../nbs/19e_data.source_classes.ipynb #f2e5552a
+# %% ../../nbs/19e_data.source_classes.ipynb #6ee9904f
 CT_BLOCK = 15  # Slices a block
 
 
@@ -53,7 +53,7 @@ def kidney_ct_rows(
     table = pd.DataFrame({"image": [str(path) for _, path in found], "label": labels, "series": labels, "section": numbers})
     return table.assign(block=contiguous_blocks(numbers, labels, CT_BLOCK), run=unbroken_runs(numbers, labels))
 
-
+# %% ../../nbs/19e_data.source_classes.ipynb #3158d32c
 KIDNEY_CT = add_source(
     Source(
         name="kidney_ct",
@@ -67,7 +67,7 @@ KIDNEY_CT = add_source(
     )
 )
 
-# %% ../../nbs/19e_data.source_classes.ipynb #3d3a9c76
+# %% ../../nbs/19e_data.source_classes.ipynb #106ec814
 NIH_NAME = re.compile(r"(?P<patient>\d{8})_\d{3}")
 _FIGURE = r"[-_.]?(?:main\.pdf|\.pdf|fx\d|gr\d|fig|day|evolution|admission|12-hours|3-days|case)|_f\d|-g\d{3}|-PA$"
 PUBLICATION = re.compile(rf"(?P<key>.{{4,}}?)(?:{_FIGURE}).*", re.IGNORECASE)
@@ -99,7 +99,7 @@ def chest_xray_rows(
     covid = [label == "Covid-19" for label in table["label"]]
     return table.assign(not_for_training=np.where(both, "patient occurs in both classes", np.where(covid, "another source: secondary only", "")))
 
-
+# %% ../../nbs/19e_data.source_classes.ipynb #c4c1957d
 CHEST_XRAY = add_source(
     Source(
         name="chest_xray",

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['EM_VNC_BLOCKS', 'EM_VNC', 'em_vnc_part', 'em_vnc_rows']
 
-# %% ../../nbs/19b_data.source_em.ipynb #6cfd0bfc
+# %% ../../nbs/19b_data.source_em.ipynb #456e2292
 from pathlib import Path
 
 import pandas as pd
 
 from .catalogue import Source, add_source, image_files
 
-# %% ../../nbs/19b_data.source_em.ipynb #d1a534c3
+# %% ../../nbs/19b_data.source_em.ipynb #0cd45dd6
 EM_VNC_BLOCKS = {"train": range(0, 10), "validate": range(11, 13), "test": range(14, 16)}
 
 
@@ -37,7 +37,7 @@ def em_vnc_rows(
         rows.append({"image": str(image), "mask": mask, "mask_coding": "grey127", "section": image.stem, "block": block, "part": part})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/19b_data.source_em.ipynb #fae4c25b
+# %% ../../nbs/19b_data.source_em.ipynb #b5a1c958
 EM_VNC = add_source(
     Source(
         name="em_vnc",

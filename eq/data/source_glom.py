@@ -6,7 +6,7 @@
 __all__ = ['GLOM_PAS_NEIGHBOURS', 'GLOM_PAS', 'SCLEROSIS_NAME', 'GLOM_SCLEROSIS', 'GLOM_NEPTUNE', 'glom_pas_rows',
            'glom_sclerosis_rows', 'glom_neptune_rows']
 
-# %% ../../nbs/19c_data.source_glom.ipynb #ba39e987
+# %% ../../nbs/19c_data.source_glom.ipynb #4a573066
 import re
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pandas as pd
 from ..core.registry import EqError
 from .catalogue import Source, add_source, image_files
 
-# %% ../../nbs/19c_data.source_glom.ipynb #fae85433
+# %% ../../nbs/19c_data.source_glom.ipynb #fd2e5583
 GLOM_PAS_NEIGHBOURS = (("10102", "10103"), ("10063", "10064"), ("10164", "10165"), ("10169", "10170"), ("10183", "10184"))
 
 
@@ -42,7 +42,7 @@ GLOM_PAS = add_source(
     )
 )
 
-# %% ../../nbs/19c_data.source_glom.ipynb #5af8a6b7
+# %% ../../nbs/19c_data.source_glom.ipynb #983c5465
 SCLEROSIS_NAME = re.compile(r"(?P<slide>(?P<stain>[A-Z]+)_I_\d+_S_\d+)_ROI_\d+")
 
 
@@ -72,7 +72,7 @@ GLOM_SCLEROSIS = add_source(
     )
 )
 
-# %% ../../nbs/19c_data.source_glom.ipynb #60d56b1a
+# %% ../../nbs/19c_data.source_glom.ipynb #6ecf3cdd
 def glom_neptune_rows(
     folder: Path,  # Holds capsule/ and tuft/, each with he/ and pas/
 ) -> pd.DataFrame:  # One row a patch

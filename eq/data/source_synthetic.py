@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WRITERS', 'SYNTHETIC_KIDNEY', 'SYNTHETIC_EM', 'synthetic_folder', 'load_synthetic', 'SyntheticSource']
 
-# %% ../../nbs/19g_data.source_synthetic.ipynb #a94de8e5
+# %% ../../nbs/19g_data.source_synthetic.ipynb #255bbff5
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ..core.registry import Registry
 from .catalogue import Source, add_source
 from .cohort import Cohort, load_cohort
 
-# %% ../../nbs/19g_data.source_synthetic.ipynb #ca259725
+# %% ../../nbs/19g_data.source_synthetic.ipynb #b24184a7
 # Name to a function of data.synthetic, by name: that module imports OpenCV, and listing sources should not
 WRITERS: Registry[str] = Registry("synthetic source")
 WRITERS.register("synthetic_kidney")("write_kidney_cohort")
@@ -51,7 +51,7 @@ def load_synthetic(
         getattr(synthetic, writer)(folder, seed=seed, **options)
     return load_cohort(csv)
 
-# %% ../../nbs/19g_data.source_synthetic.ipynb #befe35e3
+# %% ../../nbs/19g_data.source_synthetic.ipynb #9297a69f
 @dataclass(frozen=True)
 class SyntheticSource(Source):
     "A source that is generated with the generator's defaults and seed 0."
@@ -68,7 +68,7 @@ class SyntheticSource(Source):
 def _rows(name: str) -> Callable[[Path], pd.DataFrame]:
     return lambda folder: load_synthetic(name).table
 
-
+# %% ../../nbs/19g_data.source_synthetic.ipynb #fd9c62ec
 SYNTHETIC_KIDNEY = add_source(
     SyntheticSource(
         name="synthetic_kidney",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VEGF_NAME', 'GLOM_VEGF', 'fill_polygons', 'read_imagej', 'roi_mask', 'glom_vegf_rows']
 
-# %% ../../nbs/19d_data.source_vegf.ipynb #0495fef0
+# %% ../../nbs/19d_data.source_vegf.ipynb #18106273
 import re
 import struct
 import zipfile
@@ -20,7 +20,7 @@ from ..core.paths import outputs_root
 from ..core.registry import EqError
 from .catalogue import Source, add_source, image_files
 
-# %% ../../nbs/19d_data.source_vegf.ipynb #d2628525
+# %% ../../nbs/19d_data.source_vegf.ipynb #57e748b1
 def fill_polygons(
     polygons: list[np.ndarray],  # Each (n, 2) of x, y in ImageJ's corner coordinates
     height: int,  # Of the image, pixels
@@ -50,7 +50,7 @@ def read_imagej(
         raise EqError(f"{path} is not a set of ImageJ outlines: {error}") from error
     return [np.asarray(roi.coordinates()) for roi in (found if isinstance(found, list) else [found])]
 
-# %% ../../nbs/19d_data.source_vegf.ipynb #d32d17f7
+# %% ../../nbs/19d_data.source_vegf.ipynb #169f459a
 VEGF_NAME = re.compile(r"(?P<animal>R\d+).*?(?P<channel>C\d+)")
 
 
@@ -83,7 +83,7 @@ def glom_vegf_rows(
         rows.append(row | {"section": found["channel"]})
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/19d_data.source_vegf.ipynb #ad18d784
 GLOM_VEGF = add_source(
     Source(
         name="glom_vegf",

@@ -6,7 +6,7 @@
 __all__ = ['STRATA', 'Assigned', 'SCHEMES', 'assert_disjoint', 'Split', 'unit_strata', 'deal_units', 'declared', 'nested',
            'grouped_kfold', 'position', 'contiguous_blocks', 'blocks', 'split_cohort']
 
-# %% ../../nbs/13_data.split.ipynb #3e15bb6d
+# %% ../../nbs/13_data.split.ipynb #e4fb02b3
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ import pandas as pd
 from ..core.registry import EqError, Registry, unknown_name
 from .cohort import Cohort, natural_key
 
-# %% ../../nbs/13_data.split.ipynb #bacb35b1
+# %% ../../nbs/13_data.split.ipynb #5a00524b
 def assert_disjoint(
     parts: Mapping[str, Cohort],  # Name of a part to its images
 ) -> None:
@@ -32,7 +32,7 @@ def assert_disjoint(
                     raise EqError(f"{unit} {value!r} is in both {seen[value]} and {part}; no {cohort.split_unit} may be shared between parts")
                 seen[value] = part
 
-
+# %% ../../nbs/13_data.split.ipynb #4af1686a
 @dataclass(frozen=True, eq=False)
 class Split:
     "Three parts that share no unit; made by `split_cohort`. Raises EqError where they do share one."
@@ -58,7 +58,7 @@ class Split:
         rows = [(name, len(c), len(c.units), ", ".join(c.units)) for name, c in self.parts.items()]
         return pd.DataFrame(rows, columns=["part", "images", f"{self.unit}s", "which"])
 
-# %% ../../nbs/13_data.split.ipynb #60693b94
+# %% ../../nbs/13_data.split.ipynb #05b9378b
 STRATA = ("group", "label", "stain", "score")  # In the order in which they are balanced
 
 
@@ -74,7 +74,7 @@ def unit_strata(
     varying = [c for c in STRATA if len({words.get(c) for words in found.values()}) > 1]
     return {unit: tuple(words[c] for c in varying) for unit, words in found.items()}
 
-
+# %% ../../nbs/13_data.split.ipynb #3561f184
 def deal_units(
     cohort: Cohort,  # What to deal
     k: int,  # Number of folds, at least 2
@@ -82,7 +82,7 @@ def deal_units(
 ) -> dict[str, int]:  # Unit to its fold, 0..k-1
     "Grouped, stratified folds. Raises EqError when there are fewer units than folds."
     if k < 2 or len(cohort.units) < k:
-        raise EqError(f"{cohort.name} has {len(cohort.units)} of {cohort.split_unit!r}: not enough for {k} folds (at least 2, one unit or more in each)")
+        raise EqError(f"{cohort.name} has {len(cohort.units)} of {cohort.split_unit!r}: no {k} folds of those (2 or more, a unit or more in each)")
     sizes, strata = Counter(cohort.table[cohort.split_unit].astype(str)), unit_strata(cohort)
     shuffled = [cohort.units[i] for i in np.random.default_rng(seed).permutation(len(cohort.units))]
     alike: Counter[tuple[int, int, str]] = Counter()  # Units by fold, column and value
@@ -96,7 +96,7 @@ def deal_units(
         units[fold] += 1
     return folds
 
-# %% ../../nbs/13_data.split.ipynb #c839f006
+# %% ../../nbs/13_data.split.ipynb #56816dc0
 Assigned = tuple[Cohort, list[str], dict[str, str]]  # The cohort (its unit may have changed), a part a row, image to why it is left out
 SCHEMES: Registry[Callable[..., Assigned]] = Registry("split scheme")
 
@@ -130,7 +130,7 @@ def nested(
     inner = deal_units(cohort.subset([outer[u] != fold for u in units]), inner_k, seed)
     return cohort, ["test" if outer[u] == fold else "validate" if inner[u] == inner_fold else "train" for u in units], {}
 
-
+# %% ../../nbs/13_data.split.ipynb #429c1b97
 @SCHEMES.register("grouped_kfold")
 def grouped_kfold(
     cohort: Cohort,  # What to split
@@ -145,7 +145,7 @@ def grouped_kfold(
     rest = len(cohort.units) - max(Counter(deal_units(cohort, k, seed).values()).values())
     return nested(cohort, k, fold, min(max(2, round(1 / validate)), max(2, rest)), 0, seed)
 
-# %% ../../nbs/13_data.split.ipynb #4b423e47
+# %% ../../nbs/13_data.split.ipynb #15e0aa1a
 def position(
     section: str,  # A section or slice name with one number in it
 ) -> int:  # That number
@@ -173,7 +173,7 @@ def contiguous_blocks(
             names[members.index] = f"{label} {members['at'].min()}-{members['at'].max()}".strip()
     return names.tolist()
 
-# %% ../../nbs/13_data.split.ipynb #d15faca7
+# %% ../../nbs/13_data.split.ipynb #285da012
 def _near(at: np.ndarray, series: np.ndarray, where: np.ndarray, gap: int) -> np.ndarray:
     # Rows within `gap` positions of a row in `where`, in the same series
     close = np.abs(at[:, None] - at[where][None, :]) <= gap
@@ -202,7 +202,7 @@ def blocks(
         part[beside] = ""
     return cohort, part.tolist(), left_out
 
-# %% ../../nbs/13_data.split.ipynb #0b34db86
+# %% ../../nbs/13_data.split.ipynb #0d8af382
 def _options(scheme: str, given: dict[str, int | float | str]) -> None:
     valid = [name for name in signature(SCHEMES[scheme]).parameters if name != "cohort"]
     for name in given:

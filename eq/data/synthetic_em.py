@@ -6,7 +6,7 @@
 __all__ = ['UNIT_UM', 'EmSection', 'lay_profiles', 'paint_cytoplasm', 'paint_organelles', 'paint_membranes', 'expose',
            'make_em_section']
 
-# %% ../../nbs/18c_data.synthetic_em.ipynb #88e82e69
+# %% ../../nbs/18c_data.synthetic_em.ipynb #c7aa0861
 from dataclasses import dataclass
 
 import cv2
@@ -16,7 +16,7 @@ from ..core.registry import EqError
 from .synthetic_mito import paint_mitochondria, place_mitochondria
 from .synthetic_texture import Shapes, inner_distance, nearest_label, paint_ellipses, rounded, scatter_apart, smooth_noise, soft_step, warp
 
-# %% ../../nbs/18c_data.synthetic_em.ipynb #df0c858b
+# %% ../../nbs/18c_data.synthetic_em.ipynb #75a9b17c
 UNIT_UM = 0.0046  # The unit of length of the drawing, um
 
 
@@ -28,7 +28,7 @@ class EmSection:
     mask: np.ndarray  # int32 (size, size), 0 or the number of the mitochondrion, outer membrane included
     px_size_um: float  # Scale, um per pixel
 
-# %% ../../nbs/18c_data.synthetic_em.ipynb #a7be252c
+# %% ../../nbs/18c_data.synthetic_em.ipynb #36a48945
 def lay_profiles(
     rng: np.random.Generator,  # Source of randomness
     shape: tuple[int, int],  # Height and width of the drawing, pixels
@@ -55,7 +55,7 @@ def lay_profiles(
     cells[glia] = int(cells.max()) + 1
     return cells, glia
 
-# %% ../../nbs/18c_data.synthetic_em.ipynb #0d2fafc6
+# %% ../../nbs/18c_data.synthetic_em.ipynb #f90afba8
 def paint_cytoplasm(
     rng: np.random.Generator,  # Source of randomness
     cells: np.ndarray,  # int32 (height, width)
@@ -81,7 +81,7 @@ def paint_cytoplasm(
     shade = 98 + 9 * fine + 7 * mid + 10 * low - 28 * specks
     return np.where(glia, shade, grey).astype(np.float32)
 
-# %% ../../nbs/18c_data.synthetic_em.ipynb #aeb221df
+# %% ../../nbs/18c_data.synthetic_em.ipynb #62e1a1e9
 def _rings(rng: np.random.Generator, grey: np.ndarray, zone: np.ndarray, sizes: tuple[float, float, float], levels: tuple[int, int]) -> None:
     # spacing, radius and wall in pixels; grey of the wall and of the inside
     spacing, radius, wall = sizes
@@ -111,7 +111,7 @@ def paint_organelles(
     lumps = inner_distance((smooth_noise(rng, shape, 9 * u) > 2.35) & (depth > 5 * u))
     grey += soft_step(lumps, 0.0, 2.5 * u) * (62 + 26 * smooth_noise(rng, shape, 2 * u) - grey)
 
-# %% ../../nbs/18c_data.synthetic_em.ipynb #7c9a8e08
+# %% ../../nbs/18c_data.synthetic_em.ipynb #3497eae8
 def paint_membranes(
     rng: np.random.Generator,  # Source of randomness
     grey: np.ndarray,  # float32 (height, width), painted in place
@@ -144,7 +144,7 @@ def expose(
     image = image + amount * (0.8 * rng.standard_normal(image.shape, dtype=np.float32) + 0.5 * smooth_noise(rng, (size, size), 0.6))
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
-# %% ../../nbs/18c_data.synthetic_em.ipynb #5b00899f
+# %% ../../nbs/18c_data.synthetic_em.ipynb #229f5249
 def make_em_section(
     seed: int | list[int],  # Same seed, size and scale: same bytes
     size: int = 512,  # Height and width of the image, pixels

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WALL_UM', 'CLOSING_UM', 'Glomeruli', 'place_glomeruli', 'capillary_loops', 'paint_tufts']
 
-# %% ../../nbs/18f_data.synthetic_glomerulus.ipynb #cb7f5c1d
+# %% ../../nbs/18f_data.synthetic_glomerulus.ipynb #177acd0c
 from dataclasses import dataclass
 
 import cv2
@@ -15,7 +15,7 @@ from .synthetic_nuclei import NucleusKind, paint_nuclei
 from .synthetic_stain import Canvas
 from .synthetic_texture import Shapes, inner_distance, nearest_label, paint_strokes, rounded, scatter_apart, smooth_noise, soft_step
 
-# %% ../../nbs/18f_data.synthetic_glomerulus.ipynb #9b1f36dc
+# %% ../../nbs/18f_data.synthetic_glomerulus.ipynb #3e3ace76
 @dataclass(frozen=True)
 class Glomeruli:
     "Glomeruli of one field before painting, and what was painted."
@@ -24,7 +24,7 @@ class Glomeruli:
     tuft: np.ndarray  # bool (height, width), the capillary tuft
     lumen: np.ndarray  # bool (height, width), open capillary lumens
 
-# %% ../../nbs/18f_data.synthetic_glomerulus.ipynb #cf358aea
+# %% ../../nbs/18f_data.synthetic_glomerulus.ipynb #3b6255f3
 def place_glomeruli(
     rng: np.random.Generator,  # Source of randomness
     tissue: np.ndarray,  # bool (height, width), where tissue is
@@ -43,9 +43,8 @@ def place_glomeruli(
         radius = radius_um * px_per_um * float(np.exp(0.13 * rng.standard_normal()))
         x, y = rng.uniform(-0.1, 1.1, 2) * (tissue.shape[1], tissue.shape[0])
         col, row = int(np.clip(x, 0, tissue.shape[1] - 1)), int(np.clip(y, 0, tissue.shape[0] - 1))
-        if room[row, col] < 1.1 * radius or any(np.hypot(x - a, y - b) < 1.1 * (radius + r) for a, b, r in placed):
-            continue
-        if min(x, y, tissue.shape[1] - x, tissue.shape[0] - y) < -0.6 * radius:
+        outside = min(x, y, tissue.shape[1] - x, tissue.shape[0] - y) < -0.6 * radius
+        if outside or room[row, col] < 1.1 * radius or any(np.hypot(x - a, y - b) < 1.1 * (radius + r) for a, b, r in placed):
             continue
         placed.append((x, y, radius))
         r, turn = 1 + 0.06 * rng.standard_normal() * np.cos(3 * angles + rng.uniform(0, 6.3)), rng.uniform(0, np.pi)
@@ -56,7 +55,7 @@ def place_glomeruli(
         cv2.fillPoly(labels, [np.rint(outline * 16).astype(np.int32)], len(placed), cv2.LINE_8, 4)
     return labels
 
-# %% ../../nbs/18f_data.synthetic_glomerulus.ipynb #54ca0a85
+# %% ../../nbs/18f_data.synthetic_glomerulus.ipynb #ab5627f1
 WALL_UM = 0.5  # Endothelium in a healthy loop, um
 CLOSING_UM = 4.2  # What full swelling adds, um: more than the half width of nearly every loop
 
@@ -89,14 +88,14 @@ def capillary_loops(
     wall = rounded(loops, u * (0.7 + 2.4 * stalk), 2.6 * u)
     return loops, np.where(loops > 0, wall, np.minimum(wall, -0.5 * u)).astype(np.float32)
 
-
+# %% ../../nbs/18f_data.synthetic_glomerulus.ipynb #345d99d0
 def _paint_capsule(canvas: Canvas, rng: np.random.Generator, depth: np.ndarray, uneven: np.ndarray, parietal: np.ndarray) -> None:
     u = canvas.px_per_um
     capsule = soft_step(depth, 0, 0.5 * u) * (1 - soft_step(depth, 1.2 * u, np.maximum(2.2 + uneven, 1.6) * u))
     canvas.paint(capsule, 0.18, 1.0 + 0.12 * uneven)
     paint_nuclei(canvas, rng, parietal, NucleusKind(1.9, 2.4, 14, 0.9, 2.0), depth)
 
-# %% ../../nbs/18f_data.synthetic_glomerulus.ipynb #f51e8b91
+# %% ../../nbs/18f_data.synthetic_glomerulus.ipynb #2a9feadf
 def paint_tufts(
     canvas: Canvas,  # Painted in place
     rng: np.random.Generator,  # Source of randomness

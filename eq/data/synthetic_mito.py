@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Mitochondria', 'place_mitochondria', 'paint_mitochondria']
 
-# %% ../../nbs/18i_data.synthetic_mito.ipynb #c4252d00
+# %% ../../nbs/18i_data.synthetic_mito.ipynb #c3913470
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from .synthetic_nuclei import along_contours
 from .synthetic_texture import scatter_apart, smooth_noise, soft_step
 
-# %% ../../nbs/18i_data.synthetic_mito.ipynb #09ce0277
+# %% ../../nbs/18i_data.synthetic_mito.ipynb #5c1fa9a4
 @dataclass(frozen=True)
 class Mitochondria:
     "Mitochondria of one section before painting. Lengths are in units of the drawing's pixels."
@@ -48,7 +48,7 @@ def _local(one: _One, shape: tuple[int, int]) -> tuple[tuple[slice, slice], np.n
     across = dy * np.cos(one.angle) - dx * np.sin(one.angle) + one.bend * (along / one.long) ** 2
     return box, along, across
 
-# %% ../../nbs/18i_data.synthetic_mito.ipynb #887c65c9
+# %% ../../nbs/18i_data.synthetic_mito.ipynb #79a35b70
 def place_mitochondria(
     rng: np.random.Generator,  # Source of randomness
     depth: np.ndarray,  # float32 (height, width), depth below the cell membrane, pixels
@@ -78,7 +78,7 @@ def place_mitochondria(
         out.matrix[box][inside] = rng.normal(94, 15)
     return out
 
-# %% ../../nbs/18i_data.synthetic_mito.ipynb #d8c911b1
+# %% ../../nbs/18i_data.synthetic_mito.ipynb #4f48c589
 def paint_mitochondria(
     rng: np.random.Generator,  # Source of randomness
     grey: np.ndarray,  # float32 (height, width), 0-255, painted in place

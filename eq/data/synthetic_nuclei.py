@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NucleusKind', 'along_contours', 'paint_nuclei']
 
-# %% ../../nbs/18g_data.synthetic_nuclei.ipynb #c544b8a0
+# %% ../../nbs/18g_data.synthetic_nuclei.ipynb #06b75328
 from dataclasses import dataclass
 
 import cv2
@@ -14,7 +14,7 @@ import numpy as np
 from .synthetic_stain import Canvas
 from .synthetic_texture import Shapes, paint_ellipses, scatter_apart, smooth_noise
 
-# %% ../../nbs/18g_data.synthetic_nuclei.ipynb #0d7b1df2
+# %% ../../nbs/18g_data.synthetic_nuclei.ipynb #1c7d3da0
 @dataclass(frozen=True)
 class NucleusKind:
     "How the nuclei of one cell type look and how closely they lie."
@@ -37,7 +37,7 @@ def along_contours(
     down, right = smooth[row + 1, col] - smooth[row - 1, col], smooth[row, col + 1] - smooth[row, col - 1]
     return (np.arctan2(down, right) + np.pi / 2).astype(np.float32)
 
-# %% ../../nbs/18g_data.synthetic_nuclei.ipynb #ee124458
+# %% ../../nbs/18g_data.synthetic_nuclei.ipynb #5f27b7f6
 def paint_nuclei(
     canvas: Canvas,  # Painted in place
     rng: np.random.Generator,  # Source of randomness

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Canvas', 'blank_canvas', 'Stain', 'vary_stain', 'photograph']
 
-# %% ../../nbs/18e_data.synthetic_stain.ipynb #abeca8df
+# %% ../../nbs/18e_data.synthetic_stain.ipynb #bfab4a7c
 from dataclasses import dataclass, replace
 
 import cv2
@@ -13,7 +13,7 @@ import numpy as np
 
 from .synthetic_texture import smooth_noise
 
-# %% ../../nbs/18e_data.synthetic_stain.ipynb #ec226ae6
+# %% ../../nbs/18e_data.synthetic_stain.ipynb #e0195541
 @dataclass
 class Canvas:
     "Two stain concentrations being painted, with their scale."
@@ -46,7 +46,7 @@ def blank_canvas(
     "An empty drawing."
     return Canvas(np.zeros(shape, np.float32), np.zeros(shape, np.float32), px_per_um)
 
-# %% ../../nbs/18e_data.synthetic_stain.ipynb #a664663e
+# %% ../../nbs/18e_data.synthetic_stain.ipynb #dd2a922a
 @dataclass(frozen=True)
 class Stain:
     "How one section was stained and photographed."
@@ -60,7 +60,7 @@ class Stain:
     blur_um: float = 0.25  # Focus: standard deviation of the blur, um
     noise: float = 2.5  # Camera noise: standard deviation, grey levels
 
-# %% ../../nbs/18e_data.synthetic_stain.ipynb #16dc6fb1
+# %% ../../nbs/18e_data.synthetic_stain.ipynb #a0a1fbc5
 def vary_stain(
     rng: np.random.Generator,  # Source of randomness
     stain: Stain,  # The centre of the variation: the laboratory, or the animal
@@ -86,7 +86,7 @@ def vary_stain(
         noise=float(stain.noise * np.exp(0.2 * amount * rng.standard_normal())),
     )
 
-# %% ../../nbs/18e_data.synthetic_stain.ipynb #9e262334
+# %% ../../nbs/18e_data.synthetic_stain.ipynb #2f89ed13
 def photograph(
     rng: np.random.Generator,  # Source of randomness
     canvas: Canvas,  # The painted section

@@ -6,14 +6,14 @@
 __all__ = ['smooth_noise', 'soft_step', 'nearest_label', 'inner_distance', 'border_distance', 'rounded', 'warp', 'scatter_apart',
            'Shapes', 'paint_strokes', 'paint_ellipses']
 
-# %% ../../nbs/18d_data.synthetic_texture.ipynb #1354cca3
+# %% ../../nbs/18d_data.synthetic_texture.ipynb #fe0342ad
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from scipy.spatial import KDTree
 
-# %% ../../nbs/18d_data.synthetic_texture.ipynb #d5ae8305
+# %% ../../nbs/18d_data.synthetic_texture.ipynb #82770a3c
 def smooth_noise(
     rng: np.random.Generator,  # Source of randomness
     shape: tuple[int, int],  # Height and width, pixels
@@ -42,7 +42,7 @@ def soft_step(
     ramp = np.clip((value - low) / (high - low), 0, 1).astype(np.float32)
     return ramp * ramp * (3 - 2 * ramp)
 
-# %% ../../nbs/18d_data.synthetic_texture.ipynb #6e004107
+# %% ../../nbs/18d_data.synthetic_texture.ipynb #a1687a0e
 def nearest_label(
     seeds: np.ndarray,  # int32 (height, width), 0 where no seed is, else its label
 ) -> tuple[np.ndarray, np.ndarray]:  # int32 label of the nearest seed; float32 distance to it, pixels
@@ -55,7 +55,7 @@ def nearest_label(
     table[index[on]] = seeds[on]
     return table[index], distance
 
-# %% ../../nbs/18d_data.synthetic_texture.ipynb #6ac85fbd
+# %% ../../nbs/18d_data.synthetic_texture.ipynb #8c1832af
 def inner_distance(
     mask: np.ndarray,  # bool (height, width)
 ) -> np.ndarray:  # float32, distance to the nearest False pixel, pixels; 0 outside
@@ -84,7 +84,7 @@ def rounded(
     depth = np.where(core, radius + inner_distance(core), shell) - gap
     return cv2.GaussianBlur(depth.astype(np.float32), (0, 0), 0.8)
 
-# %% ../../nbs/18d_data.synthetic_texture.ipynb #53750435
+# %% ../../nbs/18d_data.synthetic_texture.ipynb #02dc9697
 def warp(
     rng: np.random.Generator,  # Source of randomness
     image: np.ndarray,  # (height, width), labels or grey values
@@ -102,7 +102,7 @@ def warp(
         return image[rows, np.clip(np.rint(cols), 0, shape[1] - 1).astype(np.intp)]
     return cv2.remap(image, cols, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
 
-# %% ../../nbs/18d_data.synthetic_texture.ipynb #ed3be746
+# %% ../../nbs/18d_data.synthetic_texture.ipynb #155d2949
 def scatter_apart(
     rng: np.random.Generator,  # Source of randomness
     allowed: np.ndarray,  # bool (height, width), where a point may lie
@@ -122,7 +122,7 @@ def scatter_apart(
             keep[second] = False
     return points[keep]
 
-# %% ../../nbs/18d_data.synthetic_texture.ipynb #d6f07ea8
+# %% ../../nbs/18d_data.synthetic_texture.ipynb #a29c41ad
 @dataclass(frozen=True)
 class Shapes:
     "Many small shapes: centres, directions and sizes, one row each."
@@ -135,7 +135,7 @@ class Shapes:
     def __len__(self) -> int:
         return len(self.points)
 
-# %% ../../nbs/18d_data.synthetic_texture.ipynb #eeccae8b
+# %% ../../nbs/18d_data.synthetic_texture.ipynb #c7d32c3a
 def paint_strokes(
     shape: tuple[int, int],  # Height and width, pixels
     strokes: Shapes,  # `widths` is how far each stroke bows sideways

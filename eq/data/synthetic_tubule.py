@@ -6,7 +6,7 @@
 __all__ = ['TUBULES', 'Tubules', 'lay_tubules', 'TubuleKind', 'paint_tubules', 'paint_interstitium', 'paint_between',
            'paint_vessels']
 
-# %% ../../nbs/18h_data.synthetic_tubule.ipynb #3913e610
+# %% ../../nbs/18h_data.synthetic_tubule.ipynb #2be81c88
 from dataclasses import dataclass
 
 import cv2
@@ -16,7 +16,7 @@ from .synthetic_nuclei import NucleusKind, paint_nuclei
 from .synthetic_stain import Canvas
 from .synthetic_texture import Shapes, inner_distance, nearest_label, paint_strokes, rounded, scatter_apart, smooth_noise, soft_step, warp
 
-# %% ../../nbs/18h_data.synthetic_tubule.ipynb #6efc9afc
+# %% ../../nbs/18h_data.synthetic_tubule.ipynb #7a7d5da7
 @dataclass(frozen=True)
 class Tubules:
     "The tubules of one field: geometry only."
@@ -25,7 +25,7 @@ class Tubules:
     depth: np.ndarray  # float32, depth below the basement membrane, pixels; negative in the interstitium
     deepest: np.ndarray  # float32 (tubules + 1,), largest depth of each
 
-# %% ../../nbs/18h_data.synthetic_tubule.ipynb #4a875f3c
+# %% ../../nbs/18h_data.synthetic_tubule.ipynb #084b7ffc
 def lay_tubules(
     rng: np.random.Generator,  # Source of randomness
     blocked: np.ndarray,  # bool (height, width), taken by glomeruli and vessels
@@ -50,7 +50,7 @@ def lay_tubules(
     np.maximum.at(deepest, cells.ravel(), depth.ravel())
     return Tubules(cells, depth, deepest)
 
-# %% ../../nbs/18h_data.synthetic_tubule.ipynb #466cf42e
+# %% ../../nbs/18h_data.synthetic_tubule.ipynb #d6dc41ed
 @dataclass(frozen=True)
 class TubuleKind:
     "How one segment of the nephron looks."
@@ -75,16 +75,16 @@ TUBULES = {
 }
 
 
-def _column(tubules: Tubules, kinds: np.ndarray, name: str) -> np.ndarray:
-    values = np.array([getattr(k, name) for k in TUBULES.values()], np.float32)
-    return values[kinds][tubules.cells]
-
-# %% ../../nbs/18h_data.synthetic_tubule.ipynb #28d5d6f5
 def _own(rng: np.random.Generator, tubules: Tubules, sigma: float) -> np.ndarray:
     # each tubule differs a little from its kind
     return np.exp(sigma * rng.standard_normal(len(tubules.deepest))).astype(np.float32)[tubules.cells]
 
 
+def _column(tubules: Tubules, kinds: np.ndarray, name: str) -> np.ndarray:
+    values = np.array([getattr(k, name) for k in TUBULES.values()], np.float32)
+    return values[kinds][tubules.cells]
+
+# %% ../../nbs/18h_data.synthetic_tubule.ipynb #e672be93
 def paint_tubules(
     canvas: Canvas,  # Painted in place
     rng: np.random.Generator,  # Source of randomness
@@ -101,7 +101,8 @@ def paint_tubules(
     round_ = cv2.GaussianBlur(np.maximum(depth, -2 * u), (0, 0), 3.5 * u)
     edge = round_ - height + _column(tubules, kinds, "ragged_um") * u * (0.6 * mid + 0.5 * coarse)
     grain = np.clip(1 + 0.42 * fine + 0.2 * mid + 0.18 * coarse, 0.1, 3)
-    canvas.paint(inside, _column(tubules, kinds, "h") * _own(rng, tubules, 0.2) * grain, _column(tubules, kinds, "p") * _own(rng, tubules, 0.25) * grain)
+    blue, pink = _column(tubules, kinds, "h") * _own(rng, tubules, 0.2), _column(tubules, kinds, "p") * _own(rng, tubules, 0.25)
+    canvas.paint(inside, blue * grain, pink * grain)
     froth = _column(tubules, kinds, "froth") * soft_step(mid + 0.6 * coarse, 0.2, 0.9) * soft_step(depth, 0.3 * height, 0.7 * height)
     canvas.paint(0.85 * froth * inside, 0.01, 0.03)
     lumen = soft_step(edge, -0.4 * u, 0.4 * u)
@@ -115,7 +116,7 @@ def paint_tubules(
     zone = (depth > 2.2 * u) & (depth < 0.55 * height) & (edge < -2.5 * u)
     paint_nuclei(canvas, rng, zone, NucleusKind(2.9, 1.15, 8.5, 0.7, 1.6))
 
-# %% ../../nbs/18h_data.synthetic_tubule.ipynb #37d24336
+# %% ../../nbs/18h_data.synthetic_tubule.ipynb #395c05da
 def paint_interstitium(
     canvas: Canvas,  # Painted in place
     rng: np.random.Generator,  # Source of randomness
@@ -142,7 +143,7 @@ def paint_between(
     paint_nuclei(canvas, rng, zone, NucleusKind(1.9, 2.3, 7.0, 0.97, 1.6), depth)
     paint_nuclei(canvas, rng, zone & (scar > 0.45), NucleusKind(2.3, 1.2, 5.5, 0.97, 1.5))
 
-# %% ../../nbs/18h_data.synthetic_tubule.ipynb #48e0294c
+# %% ../../nbs/18h_data.synthetic_tubule.ipynb #99b9f033
 def paint_vessels(
     canvas: Canvas,  # Painted in place
     rng: np.random.Generator,  # Source of randomness

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PILLOW_CODECS', 'COLOURS', 'TRUSTED_TAGS', 'plane_numbers', 'TiffPixels', 'open_tiff']
 
-# %% ../../nbs/10f_data.tiff.ipynb #f3937ca9
+# %% ../../nbs/10f_data.tiff.ipynb #f0612a75
 import logging
 import re
 import threading
@@ -21,7 +21,7 @@ from tifffile import TiffFile
 from ..core.registry import EqError
 from .pixels import Layout, check_region
 from .pxsize import imagej_unit, ome_px_size, tag_px_size
-from .raster import RasterPixels, check_declared_size, decoding, pil_values
+from .raster import RasterPixels, check_declared_size, decode_pil, decoding
 from eq.data.segments import (
     CACHE_BYTES,
     CACHE_ROWS,
@@ -35,7 +35,7 @@ from eq.data.segments import (
     read_segments,
 )
 
-# %% ../../nbs/10f_data.tiff.ipynb #371b2cea
+# %% ../../nbs/10f_data.tiff.ipynb #33c0f3a7
 PILLOW_CODECS = (2, 3, 4, 5, 6, 7, 32773)  # fax, LZW, JPEG, PackBits: decoded in one piece where imagecodecs is not installed
 COLOURS = {0: "grey", 1: "grey", 2: "rgb", 3: "palette", 6: "rgb"}  # PhotometricInterpretation, TIFF 6.0
 
@@ -44,15 +44,18 @@ COLOURS = {0: "grey", 1: "grey", 2: "rgb", 3: "palette", 6: "rgb"}  # Photometri
 TRUSTED_TAGS = {256, 257, 258, 259, 262, 266, 270, 273, 277, 278, 279, 282, 283, 284, 296, 317, 320, 322, 323, 324, 325, 338, 339}
 
 
-class _Complaints(logging.Handler):
-    # tifffile logs what is wrong with a file and reads on with what is left of it
+class _Complaints(logging.Filter):
+    # tifffile logs what is wrong with a file and reads on with what is left of it; this keeps the lines of its own thread
     def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__()
         self.texts: list[str] = []
+        self.thread = threading.get_ident()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.thread == threading.get_ident():
-            self.texts.append(record.getMessage())
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.thread != self.thread:
+            return True
+        self.texts.append(record.getMessage())
+        return False
 
     def check(self) -> None:
         for text in self.texts:
@@ -60,22 +63,20 @@ class _Complaints(logging.Handler):
             if "invalid page offset" in text or "corrupted file" in text or (tag and int(tag[1]) in TRUSTED_TAGS):
                 raise EqError(f"{text}; the file is damaged or truncated")
 
-# %% ../../nbs/10f_data.tiff.ipynb #4bbde98a
+# %% ../../nbs/10f_data.tiff.ipynb #c0e61a0d
 @contextmanager
 def _parsing(path: Path) -> Iterator[_Complaints]:
-    log, complaints = logging.getLogger("tifffile"), _Complaints()
-    before, log.propagate = log.propagate, False
-    log.addHandler(complaints)
+    complaints, log = _Complaints(), logging.getLogger("tifffile")
+    log.addFilter(complaints)
     try:
         with decoding(path, "tiff"):
             yield complaints
     except EqError as exc:
         raise exc if str(exc).startswith(str(path)) else EqError(f"{path}: {exc}") from exc
     finally:
-        log.removeHandler(complaints)
-        log.propagate = before
+        log.removeFilter(complaints)
 
-# %% ../../nbs/10f_data.tiff.ipynb #8459ffdf
+# %% ../../nbs/10f_data.tiff.ipynb #51b02b4b
 def plane_numbers(
     axes: str,  # Names of the leading axes, for example "TZC"
     counts: tuple[int, ...],  # Their lengths
@@ -85,7 +86,7 @@ def plane_numbers(
     pages = [int(np.ravel_multi_index([c if a == "C" else 0 for a in axes], counts)) if axes else 0 for c in range(channels)]
     return pages, ", ".join(f"{a}=0 of {n}" for a, n in zip(axes, counts, strict=True) if a != "C" and n > 1)
 
-# %% ../../nbs/10f_data.tiff.ipynb #77c72b51
+# %% ../../nbs/10f_data.tiff.ipynb #90c94b6e
 class TiffPixels:
     "Regions of a TIFF. Only the strips or tiles that a region touches are read and decoded."
 
@@ -114,7 +115,7 @@ class TiffPixels:
                 _read_plane(file, (y, x, h, w), target, self, number)
         return out[..., 0] if self.layout.channels == 1 else out
 
-# %% ../../nbs/10f_data.tiff.ipynb #3c757581
+# %% ../../nbs/10f_data.tiff.ipynb #5cb2f413
 def _read_plane(file: Any, region: Region, target: np.ndarray, pixels: TiffPixels, number: int) -> None:
     plane, page, cache = pixels._planes[number], pixels._page, pixels._cache
     if plane.start is not None:
@@ -122,7 +123,7 @@ def _read_plane(file: Any, region: Region, target: np.ndarray, pixels: TiffPixel
     else:
         read_segments(page, region, target, lambda i: cache.get((number, i), lambda: decode_segment(file, plane, page, i)))
 
-# %% ../../nbs/10f_data.tiff.ipynb #590a466a
+# %% ../../nbs/10f_data.tiff.ipynb #05398670
 def _kind(page: Any, planes: int) -> str:
     samples = page.samplesperpixel
     if page.photometric not in COLOURS:
@@ -136,7 +137,7 @@ def _kind(page: Any, planes: int) -> str:
         return "rgb" if samples == 3 else "rgb+alpha"
     return "grey+alpha" if samples == 2 and page.extrasamples and page.extrasamples[0] in (1, 2) else "channels"
 
-# %% ../../nbs/10f_data.tiff.ipynb #da21bc34
+# %% ../../nbs/10f_data.tiff.ipynb #4673320b
 def _px_size(tif: TiffFile, page: Any) -> tuple[float | None, str]:
     if tif.ome_metadata and "PhysicalSizeX" in tif.ome_metadata:
         return ome_px_size(tif.ome_metadata)
@@ -155,7 +156,7 @@ def _palette(page: Any) -> np.ndarray | None:
     colours = np.asarray(page.colormap)
     return (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8).T.copy()
 
-# %% ../../nbs/10f_data.tiff.ipynb #1afd20a2
+# %% ../../nbs/10f_data.tiff.ipynb #5c8bceda
 def _planes(series: Any, page: Any) -> tuple[list[Plane], str]:
     lead = len(series.shape) - len(page.shape)
     same = lead >= 0 and tuple(series.shape[lead:]) == tuple(page.shape)
@@ -171,7 +172,7 @@ def _planes(series: Any, page: Any) -> tuple[list[Plane], str]:
         planes.append(Plane(np.array(offsets, np.uint64), np.array(counts, np.uint64), start, tables))
     return planes, note
 
-# %% ../../nbs/10f_data.tiff.ipynb #5fe10204
+# %% ../../nbs/10f_data.tiff.ipynb #be81e085
 def _needs_pillow(page: Any) -> bool:
     if page.photometric == 6 and page.compression not in (6, 7):
         return True  # tifffile would hand out YCbCr as if it were RGB
@@ -183,19 +184,12 @@ def _needs_pillow(page: Any) -> bool:
 
 
 def _pillow_pixels(path: Path, layout: Layout, planes: list[Plane]) -> RasterPixels:
-    from PIL import Image as PilImage
-
     if len(planes) > 1:
         raise EqError("a stack in this compression needs the package imagecodecs, or save it with deflate compression")
     check_declared_size(path, layout.height, layout.width)
+    return RasterPixels(path, layout, lambda: decode_pil(path, "TIFF"))
 
-    def decode() -> np.ndarray:
-        with PilImage.open(path, formats=["TIFF"]) as image:
-            return pil_values(image)
-
-    return RasterPixels(path, layout, decode)
-
-# %% ../../nbs/10f_data.tiff.ipynb #1efbe88e
+# %% ../../nbs/10f_data.tiff.ipynb #b7917d6b
 def _checked(path: Path, tif: TiffFile, complaints: _Complaints) -> tuple[Any, Layout, list[Plane]]:
     if not tif.series:
         raise EqError("holds no image; the file is damaged or truncated")

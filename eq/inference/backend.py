@@ -6,7 +6,7 @@
 __all__ = ['Tiles', 'Maps', 'MULTIPLE', 'Builder', 'BACKENDS', 'BYTES_PER_PX', 'PREFERENCE', 'Network', 'PixelNet', 'pad_tile',
            'TorchNetwork', 'OpenvinoNetwork', 'compile_openvino', 'pick_backend', 'averaged']
 
-# %% ../../nbs/42_inference.backend.ipynb #402c2e1c
+# %% ../../nbs/42_inference.backend.ipynb #440e2294
 import importlib.util
 import warnings
 from collections import deque
@@ -23,7 +23,7 @@ from ..core.results import CheckpointMeta
 from .fold import folded
 from ..models.forward import SYMMETRIES
 
-# %% ../../nbs/42_inference.backend.ipynb #c65ad752
+# %% ../../nbs/42_inference.backend.ipynb #de1cefc3
 Tiles = Iterable[np.ndarray]  # each (h, w, 3) uint8
 Maps = Iterator[np.ndarray]  # each (h, w) float32, the probability of the foreground
 MULTIPLE = 32  # encoders halve five times
@@ -44,7 +44,7 @@ class Network(Protocol):
 Builder = Callable[[nn.Module, CheckpointMeta, torch.device, str], Network]  # model, description, device, precision
 BACKENDS: Registry[Builder] = Registry("backend")
 
-# %% ../../nbs/42_inference.backend.ipynb #54966c05
+# %% ../../nbs/42_inference.backend.ipynb #0fafaca5
 class PixelNet(nn.Module):
     "A network that takes (N, H, W, 3) uint8 and gives (N, H, W) float32 probabilities."
 
@@ -58,7 +58,8 @@ class PixelNet(nn.Module):
     ):
         super().__init__()
         if len(meta.classes) != 1 or meta.in_channels not in (1, 3):
-            raise EqError(f"checkpoint has classes {list(meta.classes)} and {meta.in_channels} channels; valid for prediction: one class, 1 or 3 channels")
+            has = f"classes {list(meta.classes)} and {meta.in_channels} channels"
+            raise EqError(f"checkpoint has {has}; valid for prediction: one class, 1 or 3 channels")
         std = torch.tensor(meta.std).reshape(1, -1, 1, 1)
         self.model, self.grey = model, meta.in_channels == 1
         self.register_buffer("scale", 1 / (255 * std))
@@ -81,7 +82,7 @@ def pad_tile(
     mode = "reflect" if down < rgb.shape[0] and right < rgb.shape[1] else "edge"
     return np.pad(rgb, ((0, down), (0, right), (0, 0)), mode=mode)
 
-# %% ../../nbs/42_inference.backend.ipynb #40229605
+# %% ../../nbs/42_inference.backend.ipynb #4baa4219
 BYTES_PER_PX = 600  # working memory of a ResNet34 UNet, a rough value for the first batch; it is halved when it was too much
 
 
@@ -123,7 +124,7 @@ class TorchNetwork:
         for group in _groups(tiles, self._batch_size):
             h, w = group[0].shape[:2]
             batch = torch.from_numpy(np.stack([pad_tile(t) for t in group]))
-            for maps in halving_batches(self._forward, batch, len(batch), self._halved):
+            for maps in halving_batches(self._forward, batch, len(batch), self._halved):  # type: ignore[arg-type]  # a tensor is a sequence
                 yield from maps[:, :h, :w]
 
     def _batch_size(self, tile: np.ndarray) -> int:
@@ -136,7 +137,7 @@ class TorchNetwork:
         with torch.inference_mode(), autocast(self.device, self.precision):
             return self._net(batch.to(self.device)).float().cpu().numpy()
 
-# %% ../../nbs/42_inference.backend.ipynb #b3e5a773
+# %% ../../nbs/42_inference.backend.ipynb #35b53322
 class OpenvinoNetwork:
     "A network in OpenVINO, compiled for each size of tile."
 
@@ -185,7 +186,7 @@ class OpenvinoNetwork:
             self._compiled[key] = [compiled.create_infer_request() for _ in range(lanes + 1)]
         return self._compiled[key]
 
-# %% ../../nbs/42_inference.backend.ipynb #c4822bdc
+# %% ../../nbs/42_inference.backend.ipynb #0653c1ba
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
@@ -223,16 +224,16 @@ def pick_backend(
     BACKENDS[name]
     return name
 
-# %% ../../nbs/42_inference.backend.ipynb #e4abb1ad
+# %% ../../nbs/42_inference.backend.ipynb #e6c26cc5
 def _turn(array: np.ndarray, flip: tuple[int, ...], swap: bool) -> np.ndarray:
     "One symmetry; axes 2 and 3 of a tensor are 0 and 1 of a tile."
     array = array.swapaxes(0, 1) if swap else array
-    return np.flip(array, [axis - 2 for axis in flip]) if flip else array
+    return np.flip(array, tuple(axis - 2 for axis in flip)) if flip else array
 
 
 def _turn_back(array: np.ndarray, flip: tuple[int, ...], swap: bool) -> np.ndarray:
     "The inverse of `_turn`."
-    array = np.flip(array, [axis - 2 for axis in flip]) if flip else array
+    array = np.flip(array, tuple(axis - 2 for axis in flip)) if flip else array
     return array.swapaxes(0, 1) if swap else array
 
 

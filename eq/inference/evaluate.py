@@ -6,7 +6,7 @@
 __all__ = ['Metric', 'METRICS', 'ImageScores', 'true_objects', 'score_image', 'ScoreOptions', 'Evaluation', 'summarise',
            'evaluate_cohort']
 
-# %% ../../nbs/43_inference.evaluate.ipynb #8a55524e
+# %% ../../nbs/43_inference.evaluate.ipynb #acc419d9
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..data.io import open_image
 from ..data.mask import read_labels, read_mask
 from .segment import Segmenter, predict_labels
 
-# %% ../../nbs/43_inference.evaluate.ipynb #adf9f3fa
+# %% ../../nbs/43_inference.evaluate.ipynb #d1d61786
 @dataclass(frozen=True)
 class ImageScores:
     "Scores of one image."
@@ -63,7 +63,7 @@ def score_image(
     pixel = pixel_scores(pred > 0, true > 0)
     return ImageScores(str(row["image"]), unit, pixel, detection_scores(pred, true, iou), hd95(pred > 0, true > 0))
 
-# %% ../../nbs/43_inference.evaluate.ipynb #9cccc588
+# %% ../../nbs/43_inference.evaluate.ipynb #ac3acbd5
 Metric = Callable[[Sequence[ImageScores], "ScoreOptions"], Interval]
 METRICS: Registry[Metric] = Registry("metric")
 
@@ -105,7 +105,7 @@ for _name, _score in (("detection", "detection_rate"), ("detection_precision", "
 for _name, _part, _score in (("mean_dice", "pixel", "dice"), ("mean_iou", "pixel", "iou"), ("mean_detection", "detection", "detection_rate")):
     METRICS.register(_name)(_mean(_part, _score))
 
-# %% ../../nbs/43_inference.evaluate.ipynb #336988cf
+# %% ../../nbs/43_inference.evaluate.ipynb #10e3f184
 @dataclass(frozen=True)
 class Evaluation:
     "Scores of a cohort."

@@ -6,7 +6,7 @@
 __all__ = ['MASK', 'LABELS', 'PROBABILITY', 'Engine', 'Segmenter', 'probability_rows', 'predict_probability', 'predict_labels',
            'Prediction', 'predict_image']
 
-# %% ../../nbs/41_inference.segment.ipynb #1895d2aa
+# %% ../../nbs/41_inference.segment.ipynb #f5a54e8d
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,6 @@ import numpy as np
 
 from ..core.device import pick_device
 from ..core.objects import label_objects
-from ..core.registry import EqError
 from ..core.results import CheckpointMeta, TileLedger
 from ..data.io import Image, TiffPlan, write_ome_tiff_bands
 from .backend import BACKENDS, Network, pick_backend
@@ -26,7 +25,7 @@ from .tiles import TileOptions, TilePass
 from .working import ArraySource, Source, Working, WorkingScale, resize_rows, working_scale
 from ..models.checkpoint import checkpoint_folder, load_checkpoint
 
-# %% ../../nbs/41_inference.segment.ipynb #f5886491
+# %% ../../nbs/41_inference.segment.ipynb #3c9452fd
 @dataclass(frozen=True)
 class Engine:
     "What runs the network. `auto` takes the fastest that is here."
@@ -90,7 +89,7 @@ class Segmenter:
         "A prediction that has not begun; `len(tile_pass.tiles)` says how long it will be."
         return TilePass(self.network, Working(source, self.scale(px_size_um).factor), self.options, progress)
 
-# %% ../../nbs/41_inference.segment.ipynb #b5ce050d
+# %% ../../nbs/41_inference.segment.ipynb #27bee18e
 def probability_rows(
     tile_pass: TilePass,  # Not begun
 ) -> Iterator[np.ndarray]:  # Consecutive rows (n, W) float32
@@ -117,7 +116,7 @@ def predict_labels(
     "Numbered objects at the checkpoint's threshold, without those that are too small."
     return label_objects(predict_probability(segmenter, rgb, px_size_um) >= segmenter.meta.threshold, segmenter.min_area_px(px_size_um))
 
-# %% ../../nbs/41_inference.segment.ipynb #946a1423
+# %% ../../nbs/41_inference.segment.ipynb #c91508f5
 @dataclass(frozen=True)
 class Prediction:
     "What came of one image. Areas and positions are in pixels of the image."
@@ -151,7 +150,7 @@ def _warnings(tile_pass: TilePass, scale: WorkingScale) -> Iterator[str]:
     if n := len(tile_pass.refused):
         yield f"{n} of {len(tile_pass.tiles)} tiles refused, the first: {tile_pass.refused[0].reason}"
 
-# %% ../../nbs/41_inference.segment.ipynb #bd9caa33
+# %% ../../nbs/41_inference.segment.ipynb #2e2022b1
 MASK, LABELS, PROBABILITY = "mask.ome.tif", "labels.ome.tif", "probability.zarr"
 
 

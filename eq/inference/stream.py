@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_PARTS', 'CHUNK', 'RowSpool', 'BandLabeller', 'touching', 'ZarrRows', 'ngff']
 
-# %% ../../nbs/44_inference.stream.ipynb #795ac0ca
+# %% ../../nbs/44_inference.stream.ipynb #ae5c2285
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components
 from ..core.files import TEMP_PREFIX, write_error
 from ..core.registry import EqError
 
-# %% ../../nbs/44_inference.stream.ipynb #2367c89f
+# %% ../../nbs/44_inference.stream.ipynb #569ff36a
 class RowSpool:
     "Rows of integers on disk, written once from the top, read as often as needed. A context manager: the file goes at the end."
 
@@ -37,7 +37,7 @@ class RowSpool:
         rows: np.ndarray,  # (n, W) int32
     ) -> None:
         "Appends rows. Raises EqError when the disk is full."
-        data = zlib.compress(np.ascontiguousarray(rows, np.int32), 1)
+        data = zlib.compress(np.ascontiguousarray(rows, np.int32).tobytes(), 1)
         try:
             self._file.write(data)
             self._file.flush()
@@ -58,7 +58,7 @@ class RowSpool:
         self._file.close()
         self.path.unlink(missing_ok=True)
 
-# %% ../../nbs/44_inference.stream.ipynb #0f0067d1
+# %% ../../nbs/44_inference.stream.ipynb #6c9a1e68
 MAX_PARTS = 50_000_000  # provisional objects; beyond, a mask is noise, and the memory for their numbers would exceed 1 GB
 _EIGHT = np.ones((3, 3), bool)
 
@@ -83,9 +83,9 @@ class BandLabeller:
     ) -> None:
         "The next rows. Raises EqError when there are too many separate objects."
         labels = np.empty(mask.shape, np.int32)
-        found = int(ndimage.label(mask, _EIGHT, labels))
+        found = int(ndimage.label(mask, _EIGHT, labels))  # type: ignore[arg-type]  # with an output it returns the count alone
         if self.parts + found > self.max_parts:
-            raise EqError(f"more than {self.max_parts} separate objects: this is noise, not a segmentation; choose another model or a higher threshold")
+            raise EqError(f"more than {self.max_parts} separate objects: noise, not a segmentation; choose another model or a higher threshold")
         self._areas.append(np.bincount(labels.ravel(), minlength=found + 1)[1:])
         labels[mask] += self.parts
         if self._last is not None:
@@ -129,7 +129,7 @@ def touching(
         found.append(np.stack([a[both], b[both]], 1))
     return np.unique(np.concatenate(found), axis=0)
 
-# %% ../../nbs/44_inference.stream.ipynb #d1587b5f
+# %% ../../nbs/44_inference.stream.ipynb #b6b960fa
 CHUNK = 512
 
 
@@ -144,7 +144,8 @@ class ZarrRows:
     ):
         self.path, self.shape, self._row = Path(path), shape, 0
         group = zarr.open_group(str(path), mode="w-", zarr_format=3, attributes=ngff(Path(path).stem, px_size_um))
-        self._array = group.create_array("0", shape=shape, chunks=(min(CHUNK, shape[0]), min(CHUNK, shape[1])), dtype="float16", dimension_names=("y", "x"))
+        chunks = min(CHUNK, shape[0]), min(CHUNK, shape[1])
+        self._array = group.create_array("0", shape=shape, chunks=chunks, dtype="float16", dimension_names=("y", "x"))
         self._buffer, self._filled = np.zeros((CHUNK, shape[1]), np.float16), 0
 
     def add(

@@ -6,7 +6,7 @@
 __all__ = ['MAX_RATIO', 'PIECE_PX', 'WorkingScale', 'working_scale', 'Source', 'ArraySource', 'axis_weights', 'Working',
            'resize_rows']
 
-# %% ../../nbs/40a_inference.working.ipynb #47387f4b
+# %% ../../nbs/40a_inference.working.ipynb #6c29b5d6
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +19,7 @@ from scipy import sparse
 from ..core.registry import EqError
 from ..core.results import CheckpointMeta, Tile
 
-# %% ../../nbs/40a_inference.working.ipynb #79fab0fe
+# %% ../../nbs/40a_inference.working.ipynb #21912415
 MAX_RATIO = 16.0  # beyond this ratio of pixel sizes somebody mistook nm for um
 
 
@@ -42,13 +42,13 @@ def working_scale(
     ratio = meta.px_size_um / px_size_um
     if not 1 / MAX_RATIO <= ratio <= MAX_RATIO:
         raise EqError(
-            f"pixel size {px_size_um:g} um, but the network was trained on {meta.px_size_um:g} um; a ratio beyond {MAX_RATIO:g} is taken for a wrong unit "
-            "(nm for um?); give the right one with --px-size-um"
+            f"pixel size {px_size_um:g} um, but the network was trained on {meta.px_size_um:g} um; a ratio beyond {MAX_RATIO:g} is taken "
+            "for a wrong unit (nm for um?); give the right one with --px-size-um"
         )
     factor = meta.scale * ratio
     return WorkingScale(factor, f"pixel size {px_size_um:g} um, training {meta.px_size_um:g} um: made smaller by {factor:g}")
 
-# %% ../../nbs/40a_inference.working.ipynb #4134df91
+# %% ../../nbs/40a_inference.working.ipynb #b9d16030
 class Source(Protocol):
     "An image that can be read by region; `eq.data.io.Image` is one."
 
@@ -91,7 +91,7 @@ class ArraySource:
         "The region as a view."
         return self.pixels[y : None if h is None else y + h, x : None if w is None else x + w]
 
-# %% ../../nbs/40a_inference.working.ipynb #5bedfeb2
+# %% ../../nbs/40a_inference.working.ipynb #a5ef7880
 def axis_weights(
     size_in: int,  # Original pixels along this axis
     size_out: int,  # Working pixels along this axis
@@ -117,7 +117,7 @@ def axis_weights(
     matrix = sparse.csr_array((weight.ravel().astype(np.float32), (rows, cells.ravel() - first)), (len(i), last - first + 1))
     return first, matrix
 
-# %% ../../nbs/40a_inference.working.ipynb #d11a0420
+# %% ../../nbs/40a_inference.working.ipynb #dc57e581
 class Working:
     "A source seen at working resolution."
 
@@ -127,7 +127,7 @@ class Working:
         factor: float = 1.0,  # Original pixels that one working pixel spans along one side
     ):
         if not 0 < factor <= min(source.height, source.width):
-            raise EqError(f"cannot make {source.height}x{source.width} pixels smaller by {factor:g}; valid: above 0, and at least one pixel must remain")
+            raise EqError(f"cannot make {source.height}x{source.width} pixels smaller by {factor:g}; valid: above 0, and one pixel must remain")
         self.source, self.factor = source, factor
         self.height, self.width = (max(1, round(n / factor)) for n in (source.height, source.width))
 
@@ -147,7 +147,7 @@ class Working:
             return cv2.resize(full.rgb(y * k, x * k, h * k, w * k), (w, h), interpolation=cv2.INTER_AREA)
         top, down = axis_weights(full.height, self.height, y, y + h)
         left, across = axis_weights(full.width, self.width, x, x + w)
-        region = full.rgb(top, left, down.shape[1], across.shape[1])
+        region = full.rgb(top, left, int(down.shape[1]), int(across.shape[1]))  # type: ignore[index]  # scipy says shape may be None
         rows = (down @ region.reshape(region.shape[0], -1).astype(np.float32)).reshape(h, -1, 3)
         columns = across @ np.ascontiguousarray(rows.swapaxes(0, 1)).reshape(rows.shape[1], -1)
         return np.ascontiguousarray((columns.reshape(w, h, 3).swapaxes(0, 1) + np.float32(0.5)).astype(np.uint8))
@@ -162,7 +162,7 @@ class Working:
         bottom, right = min(self.source.height, int(np.ceil((tile.y + tile.h) * fy))), min(self.source.width, int(np.ceil((tile.x + tile.w) * fx)))
         return Tile(top, left, bottom - top, right - left)
 
-# %% ../../nbs/40a_inference.working.ipynb #74a1ba25
+# %% ../../nbs/40a_inference.working.ipynb #24c4df44
 PIECE_PX = 2**22  # most pixels that are handed out at once
 
 

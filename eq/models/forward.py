@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SYMMETRIES', 'to_input', 'probability', 'pad_to_multiple']
 
-# %% ../../nbs/22_models.forward.ipynb #23baf15a
+# %% ../../nbs/22_models.forward.ipynb #9d30235c
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,19 +16,19 @@ from torch.nn.functional import pad
 from ..core.registry import unknown_name
 from ..core.results import TTA
 
-# %% ../../nbs/22_models.forward.ipynb #4af3501f
+# %% ../../nbs/22_models.forward.ipynb #58105d40
 def to_input(
     images: np.ndarray,  # (N, H, W, C) uint8
     mean: Sequence[float],  # Per channel, on the 0-1 scale
     std: Sequence[float],  # Per channel, on the 0-1 scale
 ) -> torch.Tensor:  # (N, C, H, W) float32, channels last in memory
     "Normalises 8-bit images. A uint8 tensor crosses to float in one fused pass, which matters at many megapixels a second."
-    scale = torch.from_numpy(1 / (255 * np.float32(std)))
-    shift = torch.from_numpy(-np.float32(mean) / np.float32(std))
+    scale = torch.from_numpy(1 / (255 * np.asarray(std, np.float32)))
+    shift = torch.from_numpy(-np.asarray(mean, np.float32) / np.asarray(std, np.float32))
     x = torch.from_numpy(np.ascontiguousarray(images)).float().mul_(scale).add_(shift)
     return x.permute(0, 3, 1, 2)
 
-# %% ../../nbs/22_models.forward.ipynb #4ffc84c6
+# %% ../../nbs/22_models.forward.ipynb #4fc8f477
 _FLIPS = [(), (2,), (3,), (2, 3)]
 SYMMETRIES: dict[str, list[tuple[tuple[int, ...], bool]]] = {  # what is flipped, and whether H and W are swapped
     "none": [((), False)],

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_CROP_PX', 'ROI_COLUMNS', 'GROUP_PX', 'RoiOptions', 'roi_box', 'export_rois', 'outlines']
 
-# %% ../../nbs/50b_quantification.regions.ipynb #395b4410
-from collections.abc import Iterator
+# %% ../../nbs/50b_quantification.regions.ipynb #333d20e3
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from ..core.files import atomic_write
 from ..core.registry import EqError
 from ..data.annotations import labels_to_geojson
 from ..data.io import Image, write_png
-from .instances import LabelImage
+from .instances import LabelImage, records
 
-# %% ../../nbs/50b_quantification.regions.ipynb #79475f3e
+# %% ../../nbs/50b_quantification.regions.ipynb #96fb26bb
 MAX_CROP_PX = 2**26  # an object that needs a larger crop is no glomerulus
 ROI_COLUMNS = ("label", "y", "x", "h", "w", "image", "mask", "problem")
 
@@ -34,7 +34,7 @@ class RoiOptions:
 
 
 def roi_box(
-    row: pd.Series,  # A row of `instance_table`
+    row: Mapping[str, Any],  # A row of `instance_table`
     margin: float,  # Share of the longer side
     size: tuple[int, int],  # (height, width) of the image
 ) -> tuple[int, int, int, int]:  # y, x, h, w within the image
@@ -43,7 +43,7 @@ def roi_box(
     y, x = max(0, row["top"] - pad), max(0, row["left"] - pad)
     return int(y), int(x), int(min(size[0], row["bottom"] + pad) - y), int(min(size[1], row["right"] + pad) - x)
 
-# %% ../../nbs/50b_quantification.regions.ipynb #9cb0f488
+# %% ../../nbs/50b_quantification.regions.ipynb #73f8cdae
 def _write_roi(image: Image, labels: LabelImage, what: tuple[int, tuple[int, int, int, int]], folder: Path) -> dict[str, str]:
     "Writes one crop and its mask; an unreadable or huge one is reported instead."
     label, box = what
@@ -71,7 +71,7 @@ def export_rois(
     if (image.height, image.width) != (labels.height, labels.width):
         raise EqError(f"{image.path} is {image.height}x{image.width}, its labels are {labels.height}x{labels.width}; they must be equal")
     rows = []
-    for _, row in table.iterrows():
+    for row in records(table):
         if row["touches_border"] and not options.border:
             continue
         label, box = int(row["label"]), roi_box(row, options.margin, (image.height, image.width))
@@ -81,7 +81,7 @@ def export_rois(
         out.to_csv(temp, index=False)
     return out
 
-# %% ../../nbs/50b_quantification.regions.ipynb #7fa8a4b2
+# %% ../../nbs/50b_quantification.regions.ipynb #3f3db0de
 GROUP_PX = 2**24  # pixels of labels that are traced at once
 
 
@@ -118,11 +118,11 @@ def outlines(
         if h * w > max(MAX_CROP_PX, GROUP_PX):
             too_large += group["label"].tolist()
             continue
-        wanted = np.zeros(int(table["label"].max()) + 1, np.int32)
+        wanted = np.zeros(int(table["label"].to_numpy().max()) + 1, np.int32)
         wanted[group["label"]] = group["label"]
         region = labels.read(y, x, h, w)
         numbers = wanted[np.minimum(region, len(wanted) - 1) * (region < len(wanted))]
-        extra = {int(r["label"]): {"Perimeter px": r["perimeter_px"], "Touches border": float(r["touches_border"])} for _, r in group.iterrows()}
+        extra = {int(r["label"]): {"Perimeter px": r["perimeter_px"], "Touches border": float(r["touches_border"])} for r in records(group)}
         for feature in labels_to_geojson(numbers, px_size_um, classification, measurements=extra)["features"]:
             feature["geometry"]["coordinates"] = _shift(feature["geometry"]["coordinates"], x, y)
             features.append(feature)

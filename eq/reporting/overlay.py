@@ -6,7 +6,7 @@
 __all__ = ['FOUND', 'TRUTH', 'BLOCK', 'inner_outline', 'draw_outlines', 'small_picture', 'small_labels', 'overlay',
            'write_overlay', 'contact_sheet']
 
-# %% ../../nbs/60_reporting.overlay.ipynb #df8c9476
+# %% ../../nbs/60_reporting.overlay.ipynb #e2fba981
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ..data.io import write_png
 from ..inference.working import Source
 from ..quantification.instances import LabelImage
 
-# %% ../../nbs/60_reporting.overlay.ipynb #79d667fa
+# %% ../../nbs/60_reporting.overlay.ipynb #2cea74de
 FOUND, TRUTH = (0, 229, 255), (255, 179, 0)  # red, green, blue
 _CROSS = ndimage.generate_binary_structure(2, 1)
 
@@ -38,7 +38,7 @@ def inner_outline(
         edge[tuple(first)] |= differ
         edge[tuple(second)] |= differ
     if width > 1:
-        edge = ndimage.binary_dilation(edge, _CROSS, iterations=width - 1)
+        edge = np.asarray(ndimage.binary_dilation(edge, _CROSS, iterations=width - 1), bool)
     return edge & (labels > 0)
 
 
@@ -55,7 +55,7 @@ def draw_outlines(
     out[inner_outline(labels, width)] = colour
     return out
 
-# %% ../../nbs/60_reporting.overlay.ipynb #1124cdf9
+# %% ../../nbs/60_reporting.overlay.ipynb #5fe940eb
 BLOCK = 512  # edge of the pieces that are read, pixels of the picture
 
 
@@ -74,7 +74,7 @@ def _reduce(values: np.ndarray, step: int, ufunc: np.ufunc) -> np.ndarray:
 def _hatch(h: int, w: int) -> np.ndarray:
     "What stands for pixels that cannot be read."
     stripes = (np.add.outer(np.arange(h), np.arange(w)) // 6) % 2
-    return np.where(stripes[..., None] > 0, np.uint8((150, 150, 150)), np.uint8((90, 90, 90)))
+    return np.repeat(np.where(stripes > 0, 150, 90).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def small_picture(
@@ -107,7 +107,7 @@ def small_labels(
         out[y // step : -(-(y + h) // step), x // step : -(-(x + w) // step)] = _reduce(labels.read(y, x, h, w), step, np.maximum)
     return out
 
-# %% ../../nbs/60_reporting.overlay.ipynb #ccfc6af8
+# %% ../../nbs/60_reporting.overlay.ipynb #8cb12a29
 def overlay(
     source: Source,  # The image
     labels: LabelImage,  # What was found, the same size
@@ -136,7 +136,7 @@ def write_overlay(
     "Writes an overlay as PNG, atomically."
     return write_png(path, overlay(source, labels, truth, max_px))
 
-# %% ../../nbs/60_reporting.overlay.ipynb #c2dcab6a
+# %% ../../nbs/60_reporting.overlay.ipynb #1e7872c2
 def contact_sheet(
     pictures: Sequence[np.ndarray],  # Each (h, w, 3) uint8
     titles: Sequence[str] = (),  # One each, or none

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['Clock', 'rate', 'Schedule', 'Precision', 'update_average', 'Average', 'Bar', 'EachEpoch', 'frozen_copy']
 
-# %% ../../nbs/34_training.callback.ipynb #7aa7c648
+# %% ../../nbs/34_training.callback.ipynb #48089123
+# fastai builds much of itself at run time, where a type checker cannot follow
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 import copy
 import math
 import time
@@ -21,7 +23,7 @@ from tqdm.auto import tqdm
 from ..core.device import autocast, memory_format
 from ..core.registry import EqError
 
-# %% ../../nbs/34_training.callback.ipynb #24b79ec0
+# %% ../../nbs/34_training.callback.ipynb #661c3cf6
 @dataclass
 class Clock:
     "How far a run has come, by steps or by minutes. `seconds_before` counts what earlier sessions of a resumed run took."
@@ -42,7 +44,7 @@ class Clock:
         "Part of the run that is over."
         return self.step / self.total_steps if self.minutes is None else min(1.0, self.seconds() / (60 * self.minutes))
 
-# %% ../../nbs/34_training.callback.ipynb #2b131452
+# %% ../../nbs/34_training.callback.ipynb #8ecee9bc
 def rate(
     progress: float,  # 0 to 1
     step: int,  # Steps done
@@ -78,7 +80,7 @@ class Schedule(Callback):
         if self.clock.minutes is not None and self.clock.progress() >= 1:
             raise CancelFitException
 
-# %% ../../nbs/34_training.callback.ipynb #fe2498f0
+# %% ../../nbs/34_training.callback.ipynb #cd05d7bb
 class Precision(Callback):
     "Runs the forward pass in mixed precision on channels-last batches; predictions come back in float32."
 
@@ -111,7 +113,7 @@ class Precision(Callback):
     def after_cancel_batch(self) -> None:
         self.leave()
 
-# %% ../../nbs/34_training.callback.ipynb #5044c71a
+# %% ../../nbs/34_training.callback.ipynb #ba3ba6f1
 @torch.no_grad()
 def update_average(
     average: nn.Module,  # Changed in place
@@ -141,7 +143,7 @@ class Average(Callback):
         step = self.clock.step
         update_average(self.model_average, self.learn.model, min(self.decay, (1 + step) / (10 + step)))
 
-# %% ../../nbs/34_training.callback.ipynb #c2270942
+# %% ../../nbs/34_training.callback.ipynb #f75a4716
 class Bar(Callback):
     "A tqdm bar over steps or minutes, with loss and validation Dice."
 
@@ -163,7 +165,7 @@ class Bar(Callback):
     def after_fit(self) -> None:
         self.meter.close()
 
-# %% ../../nbs/34_training.callback.ipynb #1cfaaf4f
+# %% ../../nbs/34_training.callback.ipynb #1b7f6bdd
 class EachEpoch(Callback):
     "Calls a function after the steps of an epoch, instead of fastai's validation loop; True ends the run."
 

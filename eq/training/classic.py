@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['TimedOneCycle', 'ClassicOptions', 'Classic', 'fit_classic', 'NoValidation', 'best_rate']
 
-# %% ../../nbs/39_training.classic.ipynb #0b84a784
+# %% ../../nbs/39_training.classic.ipynb #b121b29b
+# fastai builds much of itself at run time, where a type checker cannot follow
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from ..data.block import load_samples, segment_block
 from ..data.cohort import Cohort
 from .validate import choose_threshold
 
-# %% ../../nbs/39_training.classic.ipynb #c4250daf
+# %% ../../nbs/39_training.classic.ipynb #03bc387b
 class TimedOneCycle(Callback):
     "fastai's one-cycle policy (Smith and Topin 2019, arXiv 1708.07120) over a time budget; ends training when it is spent."
 
@@ -52,7 +54,7 @@ class TimedOneCycle(Callback):
         if time.monotonic() - self.started >= 60 * self.minutes or self.step == self.max_steps:
             raise CancelFitException
 
-# %% ../../nbs/39_training.classic.ipynb #01b1c7df
+# %% ../../nbs/39_training.classic.ipynb #c4d246aa
 @dataclass(frozen=True)
 class ClassicOptions:
     "The classic recipe's few choices."
@@ -86,8 +88,9 @@ class Classic:
 def _probability(learner: Learner, rgb: np.ndarray) -> np.ndarray:
     mean, std = (t.cpu() for t in (learner.dls.after_batch.normalize.mean, learner.dls.after_batch.normalize.std))
     x = (torch.from_numpy(rgb.astype(np.float32) / 255).permute(2, 0, 1)[None] - mean) / std
+    model: torch.nn.Module = learner.model.eval()  # type: ignore[union-attr]
     with torch.inference_mode():
-        return learner.model.eval()(x)[0].softmax(0)[1].numpy()
+        return model(x)[0].softmax(0)[1].numpy()
 
 
 def _dataloaders(train: Cohort, valid: Cohort, options: ClassicOptions, folder: Path) -> DataLoaders:
@@ -99,7 +102,7 @@ def fit_classic(
     train: Cohort,  # Training images
     valid: Cohort,  # Validation images: for the threshold
     options: ClassicOptions,  # How
-) -> Classic:
+) -> Classic:  # Trained, with its threshold
     "Trains fastai's recipe from random weights for a number of minutes, on the CPU in fp32."
     seed_everything(options.seed)
     samples = load_samples(valid, 1.0, quiet=True)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'Benchmark', 'BENCHES', 'Row', 'Sitting', 'plot_rows', 'write_plot', 'load_bench', 'command']
 
-# %% ../../nbs/77_workflows.bench.ipynb #51b61b0f
+# %% ../../nbs/77_workflows.bench.ipynb #9833fdad
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +21,7 @@ from ..core.paths import repo_root
 from ..core.provenance import code_version
 from ..core.registry import Registry
 
-# %% ../../nbs/77_workflows.bench.ipynb #0d87e698
+# %% ../../nbs/77_workflows.bench.ipynb #eede008e
 COLUMNS = ["bench", "variant", "metric", "value", "unit", "seed", "run", "date", "commit", "command"]
 
 
@@ -42,7 +42,7 @@ class Sitting:
 
     bench: str
     command: str  # how to do it again
-    run: str = field(default_factory=lambda: f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}")
+    run: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%d-%H%M%S}")
 
     def append(
         self,
@@ -51,7 +51,7 @@ class Sitting:
     ) -> Path:  # The CSV
         "Adds rows to the CSV of the benchmark, whole or not at all."
         path = (folder or repo_root() / "benchmarks" / "results") / f"{self.bench}.csv"
-        stamp = {"bench": self.bench, "run": self.run, "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
+        stamp = {"bench": self.bench, "run": self.run, "date": f"{datetime.now(UTC):%Y-%m-%d}",
                  "commit": str(code_version().get("git") or ""), "command": self.command}
         new = pd.DataFrame([{**asdict(r), **stamp} for r in rows], columns=COLUMNS)
         old = [pd.read_csv(path, dtype={"seed": str, "run": str}, keep_default_na=False)] if path.is_file() else []
@@ -59,15 +59,15 @@ class Sitting:
             pd.concat([*old, new], ignore_index=True).to_csv(temp, index=False)
         return path
 
-# %% ../../nbs/77_workflows.bench.ipynb #475028be
+# %% ../../nbs/77_workflows.bench.ipynb #558d622f
 def plot_rows(
     table: pd.DataFrame,  # Rows of one run
     metrics: list[str],  # What to show, one panel each
-) -> Figure:
+) -> Figure:  # One panel a metric
     "Dots for seeds (and folds), a bar for their mean, variants from top to bottom in the order of the table."
     variants = list(dict.fromkeys(table["variant"]))
     figure = Figure(figsize=(3.2 * len(metrics) + 1.5, 0.45 * len(variants) + 1.2), layout="constrained")
-    for ax, metric in zip(figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0], metrics):
+    for ax, metric in zip(figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0], metrics, strict=True):
         part = table[table["metric"] == metric].astype({"value": float})
         for y, variant in enumerate(variants):
             values = part.loc[part["variant"] == variant, "value"]
@@ -84,12 +84,12 @@ def write_plot(
     metrics: list[str],  # What to show
 ) -> Path:  # The PNG beside the CSV
     "Draws one sitting."
-    table = pd.read_csv(csv, dtype={"run": str, "seed": str})
+    table = pd.read_csv(csv, dtype={"run": str, "seed": str}).query("run == @run")
     with atomic_write(csv.with_suffix(".png")) as temp:
-        plot_rows(table[table["run"] == run], metrics).savefig(temp, format="png", dpi=130)
+        plot_rows(table, metrics).savefig(temp, format="png", dpi=130)
     return csv.with_suffix(".png")
 
-# %% ../../nbs/77_workflows.bench.ipynb #b57f344e
+# %% ../../nbs/77_workflows.bench.ipynb #27651f48
 Benchmark = Callable[[Sitting, float | None, tuple[int, ...] | None, list[str] | None], None]
 BENCHES: Registry[str] = Registry("benchmark")  # name to "module:function"
 BENCHES.register("em")("eq.workflows.bench_segment:bench_em")
@@ -99,7 +99,7 @@ BENCHES.register("tiles")("eq.workflows.bench_tiles:bench_tiles")
 
 def load_bench(
     name: str,  # A registered benchmark
-) -> Benchmark:
+) -> Benchmark:  # To be called with a sitting
     "Imports a benchmark. Raises EqError for an unknown name."
     from importlib import import_module
 
@@ -108,12 +108,13 @@ def load_bench(
 
 
 def command(
-    name: Annotated[str, typer.Argument(help="em, glom, tiles, or all of them")],
-    minutes: Annotated[float | None, typer.Option(help="Training time of each method [params.yaml: bench.minutes]")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Seeds, one --seed each [params.yaml: bench.seeds]")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Measure only this variant, one --only each")] = None,
+    name: Annotated[str, typer.Argument(help="em, glom, tiles, or all of them")],  # A registered benchmark, or "all"
+    minutes: Annotated[float | None, typer.Option(help="Training time of each method [params.yaml: bench.minutes]")] = None,  # Minutes
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds, one --seed each [params.yaml: bench.seeds]")] = None,  # Seeds
+    only: Annotated[list[str] | None, typer.Option(help="Measure only this variant, one --only each")] = None,  # Names of variants
 ) -> None:
     "Measure side by side with peers and append the rows to benchmarks/results/NAME.csv."
-    words = ["eq", "bench", name] + ([f"--minutes {minutes:g}"] if minutes else []) + [f"--seed {s}" for s in seed or []] + [f"--only {v}" for v in only or []]
+    words = ["eq", "bench", name] + ([f"--minutes {minutes:g}"] if minutes else []) + [f"--seed {s}" for s in seed or []]
+    words += [f"--only {v}" for v in only or []]
     for each in BENCHES.names() if name == "all" else [name]:
         load_bench(each)(Sitting(each, " ".join(words)), minutes, tuple(seed) if seed else None, only)

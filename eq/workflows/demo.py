@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'EM_SCALE', 'DemoPlan', 'demo_plan', 'paint_images', 'threshold_scores', 'threshold_picture', 'train_both',
-           'demo_outcome', 'run_demo', 'command']
+           'demo_checks', 'against_threshold', 'demo_outcome', 'run_demo', 'command']
 
-# %% ../../nbs/71_workflows.demo.ipynb #998d78f7
-from dataclasses import asdict, dataclass, replace
+# %% ../../nbs/71_workflows.demo.ipynb #ad88aadd
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated
@@ -33,7 +33,7 @@ from ..reporting.render import Check, Figure, Section, Stat
 from .outcome import Outcome, outlined, telling_images, write_outcome
 from .train import TrainRequest, train_segmentation
 
-# %% ../../nbs/71_workflows.demo.ipynb #7467e1ef
+# %% ../../nbs/71_workflows.demo.ipynb #2e6795cf
 @dataclass(frozen=True)
 class DemoPlan:
     "What the demo paints, how long it trains and what it demands."
@@ -59,7 +59,7 @@ def demo_plan(
     defaults = load_config().demo.model_dump()
     return DemoPlan(**(defaults | {k: v for k, v in given.items() if v is not None}))
 
-# %% ../../nbs/71_workflows.demo.ipynb #81690b2b
+# %% ../../nbs/71_workflows.demo.ipynb #27bbb15f
 SECTIONS = 12  # EM sections, the size of the registered synthetic source
 EM_SCALE = 1.0  # painted at the resolution that real sections have after halving
 
@@ -73,7 +73,7 @@ def paint_images(
     kidney = write_kidney_cohort(folder / "images" / "kidney", n_animals=plan.animals, seed=plan.seed, size=plan.size)
     return load_cohort(em), load_cohort(kidney)
 
-# %% ../../nbs/71_workflows.demo.ipynb #3f04bb46
+# %% ../../nbs/71_workflows.demo.ipynb #9ae0592c
 def threshold_scores(
     train: Cohort,  # The channel is chosen here
     test: Cohort,  # And scored here
@@ -94,7 +94,7 @@ def threshold_picture(
     shown = draw_outlines(sample.image, np.asarray(sample.mask > 0, np.int32), TRUTH, 2)
     return draw_outlines(shown, np.asarray(otsu.predict(sample.image), np.int32), (0, 229, 255), 2)
 
-# %% ../../nbs/71_workflows.demo.ipynb #e768a4d6
+# %% ../../nbs/71_workflows.demo.ipynb #91048f43
 def train_both(
     folder: Path,  # Of the run
     em: Cohort,  # Sections with mitochondria
@@ -109,6 +109,33 @@ def train_both(
     return {"Mitochondria": first, "Glomeruli": second}
 
 
+def demo_checks(
+    dice: float,  # Of the network on unseen animals
+    rival: float,  # Of the threshold on the same images
+    bar: float,  # What is demanded
+) -> tuple[Check, ...]:
+    "What has to hold."
+    return (
+        Check(f"Dice on unseen animals is at least {bar:.2f}", dice >= bar, f"{dice:.3f}"),
+        Check("it is above the best colour threshold", dice > rival, f"{dice:.3f} against {rival:.3f}"),
+    )
+
+
+def against_threshold(
+    segmenter: Segmenter,  # The network
+    otsu: OtsuBaseline,  # The rival
+    test: Cohort,  # Unseen animals
+    dice: dict[str, float],  # Method -> Dice
+    image: str,  # The one to show
+) -> Section:  # A table, and one image as both see it
+    "The network beside the threshold."
+    row = next(r for r in test.table.to_dict("records") if str(r["image"]) == image)
+    pictures = {"The network.": outlined(segmenter, row), "The threshold.": threshold_picture(otsu, test, image)}
+    figures = tuple(Figure(picture, caption, wide=False) for caption, picture in pictures.items())
+    table = pd.DataFrame({"method": list(dice), "dice": list(dice.values())})
+    return Section("Against a colour threshold", "Otsu's threshold on the channel that suits the training animals best.", figures, table)
+
+
 def demo_outcome(
     run: Run,  # Where it happens
     plan: DemoPlan,  # What is demanded
@@ -120,19 +147,11 @@ def demo_outcome(
     split, segmenter = split_cohort(kidney), Segmenter.from_checkpoint(trainings["Glomeruli"])
     evaluation = evaluate_cohort(segmenter, split.test, ScoreOptions(seed=plan.seed))
     otsu, rival = threshold_scores(split.train, split.test)
-    dice = evaluation.summary["dice"].estimate
-    checks = (
-        Check(f"Dice on unseen animals is at least {plan.min_dice:.2f}", dice >= plan.min_dice, f"{dice:.3f}"),
-        Check("it is above the best colour threshold", dice > rival.dice, f"{dice:.3f} against {rival.dice:.3f}"),
-    )
-    median = evaluation.images[telling_images(evaluation).get("median", 0)].image
-    row = next(r for r in split.test.table.to_dict("records") if str(r["image"]) == median)
-    table = pd.DataFrame({"method": ["network", f"Otsu on {otsu.channel}"], "dice": [dice, rival.dice]})
-    pictures = (Figure(outlined(segmenter, row), "The network.", wide=False), Figure(threshold_picture(otsu, split.test, median), "The threshold.", wide=False))
-    against = Section("Against a colour threshold", "Otsu's threshold on the channel that suits the training animals best.", pictures, table)
+    dice, middle = evaluation.summary["dice"].estimate, evaluation.images[telling_images(evaluation).get("median", 0)].image
+    against = against_threshold(segmenter, otsu, split.test, {"network": dice, f"Otsu on {otsu.channel}": rival.dice}, middle)
     minutes = (perf_counter() - began) / 60
     stats = (Stat(f"{rival.dice:.2f}", "Dice of the best colour threshold"), Stat(f"{minutes:.1f} min", "painting, training, predicting"))
-    metrics = {"threshold_dice": rival.dice, "minutes": minutes, "plan": asdict(plan)}
+    checks, metrics = demo_checks(dice, rival.dice, plan.min_dice), {"threshold_dice": rival.dice, "minutes": minutes, "plan": asdict(plan)}
     return Outcome("Demo: mitochondria to glomeruli", segmenter, split.test, evaluation, trainings, checks, stats, (against,), metrics)
 
 
@@ -148,7 +167,7 @@ def run_demo(
         run.add_metrics({**scores, **outcome.metrics, "checks": {c.what: c.passed for c in outcome.checks}})
     return report, outcome.checks
 
-# %% ../../nbs/71_workflows.demo.ipynb #13c62f19
+# %% ../../nbs/71_workflows.demo.ipynb #e18c176f
 def command(
     out: Annotated[Path | None, typer.Option(help="folder of the run; default a new one below outputs/")] = None,  # Folder of the run
     mito_minutes: Annotated[float | None, typer.Option(help="training on EM sections [params.yaml: demo.mito_minutes]")] = None,  # Minutes

@@ -6,7 +6,7 @@
 __all__ = ['expand_images', 'folder_names', 'staged_folder', 'PredictRequest', 'predict_one', 'PredictResult', 'predict_images',
            'chosen_engine', 'command']
 
-# %% ../../nbs/74_workflows.predict.ipynb #5b9cbee7
+# %% ../../nbs/74_workflows.predict.ipynb #2dd6fa6d
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from uuid import uuid4
 
+import numpy as np
 import pandas as pd
 import typer
 from tqdm.auto import tqdm
@@ -28,11 +29,11 @@ from ..data.io import Image, is_image_path, open_image, readable_suffixes
 from ..data.pxsize import checked_px_size
 from ..inference.segment import Engine, Prediction, Segmenter, predict_image
 from ..models.checkpoint import META, WEIGHTS, checkpoint_folder
-from ..quantification.instances import instance_table
+from ..quantification.instances import instance_table, records
 from ..quantification.regions import export_rois, outlines
 from ..reporting.overlay import write_overlay
 
-# %% ../../nbs/74_workflows.predict.ipynb #e520a633
+# %% ../../nbs/74_workflows.predict.ipynb #da83bb5f
 def expand_images(
     paths: Iterable[Path | str],  # Files and folders
 ) -> list[Path]:  # Files in the order given, those of a folder sorted
@@ -62,7 +63,7 @@ def folder_names(
         names.append(name)
     return names
 
-# %% ../../nbs/74_workflows.predict.ipynb #699d437f
+# %% ../../nbs/74_workflows.predict.ipynb #e90ad17a
 @contextmanager
 def staged_folder(
     final: Path,  # A folder that does not exist yet
@@ -78,7 +79,7 @@ def staged_folder(
     finally:
         shutil.rmtree(temp, ignore_errors=True)
 
-# %% ../../nbs/74_workflows.predict.ipynb #0a70f421
+# %% ../../nbs/74_workflows.predict.ipynb #0bb47efe
 @dataclass(frozen=True)
 class PredictRequest:
     "What to predict with what."
@@ -106,7 +107,7 @@ def _describe_objects(image: Image, prediction: Prediction, folder: Path, segmen
     problems = [f"objects {too_large} are too large for an outline"] if too_large else []
     if rois:
         cut = export_rois(image, labels, table, folder / "rois")
-        problems += [f"no crop of object {row['label']}: {row['problem']}" for _, row in cut.iterrows() if row["problem"]]
+        problems += [f"no crop of object {row['label']}: {row['problem']}" for row in records(cut) if row["problem"]]
     return table, problems
 
 
@@ -121,13 +122,14 @@ def predict_one(
     with staged_folder(final) as folder:
         found = predict_image(image, segmenter, folder, request.probability, bar.update if bar is not None else lambda n: None)
         table, problems = _describe_objects(image, found, folder, segmenter, request.rois)
-    um = {"area_um2": float(table["area_um2"].sum())} if image.px_size_um is not None else {}
+    um = {"area_um2": float(table["area_um2"].to_numpy().sum())} if image.px_size_um is not None else {}
     keep = ("height", "width", "px_size_um", "px_size_source", "factor", "threshold", "min_area_px", "objects", "dropped", "foreground_px", "seconds")
     tiles = {"tiles_planned": found.ledger.planned, "tiles_done": found.ledger.done, "tiles_refused": len(found.ledger.refused)}
     row = {"image": str(image.path), "folder": final.name, "status": "done", **{k: getattr(found, k) for k in keep}, **tiles, **um}
-    return row | {"foreground_share": found.foreground_px / (image.height * image.width), "note": "; ".join([*found.warnings, *problems]), "ledger": found.ledger}
+    share = found.foreground_px / (image.height * image.width)
+    return row | {"foreground_share": share, "note": "; ".join([*found.warnings, *problems]), "ledger": found.ledger}
 
-# %% ../../nbs/74_workflows.predict.ipynb #18de95fc
+# %% ../../nbs/74_workflows.predict.ipynb #41ccf6ae
 @dataclass(frozen=True)
 class PredictResult:
     "What a run left behind."
@@ -175,7 +177,7 @@ def _report(rows: list[dict[str, Any]], run: Run) -> pd.DataFrame:
                      "objects": sum(row["objects"] for row in done), "tiles": {row["folder"]: row["ledger"].to_dict() for row in done}})
     return table
 
-# %% ../../nbs/74_workflows.predict.ipynb #8a5fafd1
+# %% ../../nbs/74_workflows.predict.ipynb #e12879d7
 def predict_images(
     request: PredictRequest,  # What to predict with what
 ) -> PredictResult:  # Also when images failed; look at `failed`
@@ -185,7 +187,7 @@ def predict_images(
         checked_px_size(request.px_size_um)
     segmenter = Segmenter.from_checkpoint(request.model, request.engine)
     params = {**segmenter.settings(), "px_size_um_given": request.px_size_um, "rois": request.rois, "probability": request.probability}
-    rows: list[dict[str, Any]] = []
+    rows, table = list[dict[str, Any]](), pd.DataFrame()
     with start_run("predict", request.out, params) as run:
         for name in (WEIGHTS, META):
             run.add_input(checkpoint_folder(request.model) / name)
@@ -206,7 +208,7 @@ def _warn(rows: list[dict[str, Any]], run: Run) -> None:
     if refused := {row["folder"]: row["tiles_refused"] for row in done if row["tiles_refused"]}:
         run.log.warning("tiles were refused, see the ledgers in manifest.json", **refused)
 
-# %% ../../nbs/74_workflows.predict.ipynb #22333b4c
+# %% ../../nbs/74_workflows.predict.ipynb #6db9a68b
 def chosen_engine(
     device: str | None = None,  # None: as in params.yaml
     precision: str | None = None,  # None: as in params.yaml
@@ -236,7 +238,7 @@ def command(
     for image, why in zip(result.table["image"], result.table["note"], strict=True):
         if image in result.failed:
             typer.echo(f"failed: {image}: {why}", err=True)
-    objects = int(result.table["objects"].sum()) if "objects" in result.table else 0
+    objects = int(np.nansum(result.table["objects"].to_numpy(float))) if "objects" in result.table else 0
     typer.echo(f"{n - len(result.failed)} of {n} images segmented, {objects} objects: {result.folder}")
     if result.failed:
         raise typer.Exit(1)

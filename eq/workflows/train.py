@@ -6,13 +6,14 @@
 __all__ = ['CLASSES', 'SCRATCH', 'HELP', 'app', 'TrainRequest', 'settings', 'fit_options', 'common_px_size', 'train_segmentation',
            'options', 'train_command']
 
-# %% ../../nbs/73_workflows.train.ipynb #9e091d99
+# %% ../../nbs/73_workflows.train.ipynb #dc727cf0
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from ..core.config import Config, TaskConfig, TrainConfig, load_config
@@ -29,7 +30,7 @@ from ..models.unet import create_unet
 from ..training.fit_segment import FitOptions, FitResult, fit_segment
 from ..training.transfer import transfer_weights
 
-# %% ../../nbs/73_workflows.train.ipynb #8e15e3c7
+# %% ../../nbs/73_workflows.train.ipynb #2863f253
 CLASSES = {"mito": "mitochondrion", "glom": "glomerulus"}  # task, and the name of what it finds
 SCRATCH = "scratch"
 
@@ -74,18 +75,18 @@ def settings(
             raise EqError(f"training option out of range: {str(error).splitlines()[1]} {str(error).splitlines()[2].strip()}") from error
     return made[0], made[1]
 
-# %% ../../nbs/73_workflows.train.ipynb #6d760104
+# %% ../../nbs/73_workflows.train.ipynb #864e039a
 def fit_options(
     train: TrainConfig,  # Section train
     task: TaskConfig,  # Section of the task
     transferred: bool,  # Starts from other weights: only then does the gentle beginning apply
     quiet: bool = False,  # No progress bar
-) -> FitOptions:
+) -> FitOptions:  # With the crops' plan in it
     "What the training floor is told."
     crops = CropPlan(size=train.crop, positive=task.positive, paste=task.paste, recipe=task.recipe)
-    shared = {k: getattr(train, k) for k in ("epochs", "steps_per_epoch", "minutes", "batch_size", "lr", "weight_decay", "loss", "ema", "patience",
+    shared: dict[str, Any] = {k: getattr(train, k) for k in ("epochs", "steps_per_epoch", "minutes", "batch_size", "lr", "weight_decay", "loss", "ema", "patience",
                                              "keep", "precision", "device", "seed")}
-    gentle = {"encoder_lr": task.encoder_lr, "frozen_until": task.frozen_until} if transferred else {}
+    gentle: dict[str, Any] = {"encoder_lr": task.encoder_lr, "frozen_until": task.frozen_until} if transferred else {}
     return FitOptions(**shared, **gentle, crops=crops, quiet=quiet)
 
 
@@ -110,12 +111,13 @@ def common_px_size(
     cohort: Cohort,  # Training images
 ) -> float | None:  # Micrometres, None where it is unknown
     "The pixel size that all training images share. Raises EqError where they differ: one working resolution cannot serve both."
-    sizes = {round(float(v), 6) for v in cohort.table["px_size_um"].dropna()}
-    if len(sizes) > 1 or (sizes and cohort.table["px_size_um"].isna().any()):
-        raise EqError(f"{cohort.name}: pixel sizes {sorted(sizes)} um (and {int(cohort.table['px_size_um'].isna().sum())} unknown) are mixed; train on one")
+    values = cohort.table["px_size_um"].to_numpy(float)
+    sizes, unknown = {round(float(v), 6) for v in values[~np.isnan(values)]}, int(np.isnan(values).sum())
+    if len(sizes) > 1 or (sizes and unknown):
+        raise EqError(f"{cohort.name}: pixel sizes {sorted(sizes)} um (and {unknown} unknown) are mixed; train on one")
     return sizes.pop() if sizes else None
 
-# %% ../../nbs/73_workflows.train.ipynb #811a1087
+# %% ../../nbs/73_workflows.train.ipynb #5b4cdbb4
 def _train(request: TrainRequest, split: Split, run: Run) -> FitResult:
     "Reads, builds, fits; inside a run that writes the manifest."
     train, task = settings(request.task, request.values)
@@ -160,7 +162,7 @@ def train_segmentation(
         run.log.info("trained", validation_dice=round(result.meta.metrics["validation_dice"], 3), crops=result.crops, seconds=round(result.seconds))
     return result
 
-# %% ../../nbs/73_workflows.train.ipynb #598e0394
+# %% ../../nbs/73_workflows.train.ipynb #3e4a5078
 HELP = {"source": "Registered source, cohort CSV, or folder of images and masks", "out": "Run folder [default: a new one below outputs/]",
         "start": "'scratch', or the checkpoint folder to start from", "scheme": "How images are split [default: what the source declares]",
         "fold": "Which fold is the test part (grouped k-fold)", "resume": "Go on in --out from its last checkpoint"}
@@ -184,7 +186,7 @@ def options(
             for n, f in fields.items()]
     return first + keys
 
-# %% ../../nbs/73_workflows.train.ipynb #37ee855a
+# %% ../../nbs/73_workflows.train.ipynb #54b36a97
 def train_command(
     task: str,  # "mito" or "glom"
 ) -> Callable[..., None]:  # For Typer
