@@ -141,7 +141,7 @@ def train(args: argparse.Namespace, plans: dict, preprocessed: Path):
     # No augmentation processes: the network keeps the cores busy, and only one process draws the same crops for the same seed.
     os.environ["nnUNet_n_proc_DA"] = "0"  # planning refuses 0
     random.seed(args.seed)
-    np.random.seed(args.seed)
+    np.random.seed(args.seed)  # noqa: NPY002  nnU-Net draws from the global generator
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     dataset = json.loads((preprocessed / "dataset.json").read_text(encoding="utf-8"))

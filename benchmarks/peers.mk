@@ -7,6 +7,6 @@ peers: .venv-peers/.installed
 
 .venv-peers/.installed: benchmarks/peers.txt
 	$(UV) venv --quiet --allow-existing --python "$$(test -x .venv/bin/python && echo .venv/bin/python || command -v $(PYTHON))" .venv-peers
-	$(UV) pip sync --quiet --python .venv-peers/bin/python $<
+	$(UV) pip sync --quiet --compile-bytecode --python .venv-peers/bin/python $<
 	.venv-peers/bin/python -W ignore -c "import monai.inferers, nnunetv2, safetensors, segmentation_models_pytorch"
 	touch $@

@@ -1187,5 +1187,6 @@ d = { 'settings': { 'branch': 'main',
                                     'eq.workflows.train.settings': ('workflows.train.html#settings', 'eq/workflows/train.py'),
                                     'eq.workflows.train.train_command': ('workflows.train.html#train_command', 'eq/workflows/train.py'),
                                     'eq.workflows.train.train_segmentation': ( 'workflows.train.html#train_segmentation',
-                                                                               'eq/workflows/train.py')},
+                                                                               'eq/workflows/train.py'),
+                                    'eq.workflows.train.working_factor': ('workflows.train.html#working_factor', 'eq/workflows/train.py')},
             'eq.workflows.verify': {'eq.workflows.verify.command': ('workflows.verify.html#command', 'eq/workflows/verify.py')}}}

@@ -312,7 +312,7 @@ def test_ctrl_c(bench: Bench, reference: Reference) -> None:
     assert child.exitcode == 130, said(out)
     assert json.loads((out / "manifest.json").read_text())["status"] == "interrupted"
     check_folder(out)
-    assert not [p for p in out.rglob(".tmp-*")]
+    assert not list(out.rglob(".tmp-*"))
     assert not (out / "model.safetensors").exists()
     bench.carry_on(out)
     assert weights(out) == reference.weights

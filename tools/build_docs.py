@@ -248,7 +248,8 @@ def render_nbconvert(found: list[Page], proc: Path, docs: Path) -> None:
         before, after = (found[n - 1] if n else None), (found[n + 1] if n + 1 < len(found) else None)
         turn = "".join(f'<a class="{c}" href="{up}{p.target}">{with_code(p.title)}</a>' for c, p in (("before", before), ("after", after)) if p)
         soup = soups[page.target]
-        about = {"title": escape(page.title.replace("`", "")), "heading": with_code(page.title), "lead": with_code(page.lead), "about": escape(page.lead.replace("`", "")), "up": up, "turn": turn}
+        shown, plain = (page.title, page.lead), (escape(t.replace("`", "")) for t in (page.title, page.lead))
+        about = dict(zip(("heading", "lead", "title", "about"), (*map(with_code, shown), *plain), strict=True)) | {"up": up, "turn": turn}
         text = PAGE.format(**about, navigation=navigation(found, page, up), body=soup, contents=on_this_page(soup))
         (docs / page.target).parent.mkdir(exist_ok=True)
         (docs / page.target).write_text(text, encoding="utf-8")

@@ -6,7 +6,7 @@
 __all__ = ['NOT_KEYS', 'DataConfig', 'TrainConfig', 'TaskConfig', 'PredictConfig', 'EvaluateConfig', 'DemoConfig', 'BenchConfig',
            'LogConfig', 'Config', 'load_config', 'describe']
 
-# %% ../../nbs/00_core.config.ipynb #a29d8e3f
+# %% ../../nbs/00_core.config.ipynb #e8a011c5
 import os
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from .paths import params_file, read_yaml
 from .registry import EqError, unknown_name
 from .results import Strict, invalid
 
-# %% ../../nbs/00_core.config.ipynb #f7c65db2
+# %% ../../nbs/00_core.config.ipynb #b10c6ed0
 class DataConfig(Strict):
     "Where images are and how they are read."
 
@@ -53,7 +53,8 @@ class TrainConfig(Strict):
 class TaskConfig(Strict):
     "What differs between the things that are segmented."
 
-    scale: float = Field(gt=0, description="Images are made smaller by this factor before cropping")
+    working_um: float = Field(gt=0, description="Pixel size the network works at, micrometres, for images whose own is known")
+    scale: float = Field(gt=0, description="Images of unknown pixel size are made smaller by this factor; given for one run, it always holds")
     recipe: str = Field(description="Registered augmentation")
     positive: float = Field(ge=0, le=1, description="Share of crops centred near an object")
     paste: float = Field(ge=0, le=1, description="Chance that an object of another image is pasted into a crop")
@@ -70,7 +71,7 @@ class PredictConfig(Strict):
     tile: int = Field(ge=64, multiple_of=32, description="Edge of a tile, pixels at the working resolution")
     overlap: int = Field(ge=0, description="Pixels that neighbouring tiles share and blend over")
 
-# %% ../../nbs/00_core.config.ipynb #63cd5cf8
+# %% ../../nbs/00_core.config.ipynb #1ae7cc54
 class EvaluateConfig(Strict):
     "How predictions are scored."
 
@@ -89,7 +90,7 @@ class DemoConfig(Strict):
     min_dice: float = Field(ge=0, le=1, description="Exit with 1 below this Dice on unseen animals")
     seed: int = Field(ge=0, description="Seed of images and training")
 
-# %% ../../nbs/00_core.config.ipynb #78321407
+# %% ../../nbs/00_core.config.ipynb #73b8f24d
 class BenchConfig(Strict):
     "How benchmarks are run."
 
@@ -118,7 +119,7 @@ class Config(Strict):
     bench: BenchConfig
     log: LogConfig
 
-# %% ../../nbs/00_core.config.ipynb #199b7756
+# %% ../../nbs/00_core.config.ipynb #3cdee3c7
 NOT_KEYS = {"EQ__MODE", "EQ__OUTPUTS"}  # variables of eq that stand for no key of a section
 
 
@@ -151,7 +152,7 @@ def _from_environment() -> dict[str, Any]:
             found[key] = text if key == "data.root" else yaml.safe_load(text)  # a folder may be called 2026
     return found
 
-# %% ../../nbs/00_core.config.ipynb #17332e6a
+# %% ../../nbs/00_core.config.ipynb #270c9f47
 def _read_params(path: Path) -> dict[str, Any]:
     "A YAML file that holds sections. Raises EqError naming the file."
     values = read_yaml(path)
@@ -159,7 +160,7 @@ def _read_params(path: Path) -> dict[str, Any]:
         raise EqError(f"{path} holds no sections; valid: {_valid_keys(())}")
     return values
 
-# %% ../../nbs/00_core.config.ipynb #8c8da1be
+# %% ../../nbs/00_core.config.ipynb #77109f6c
 def load_config(
     path: str | Path | None = None,  # A params.yaml; default is the one of the checkout
     mode: str | None = None,  # development, production or debug; default is EQ__MODE, then what the file says
@@ -180,7 +181,7 @@ def load_config(
     except ValidationError as e:
         raise invalid(e, file.name, _valid_keys) from e
 
-# %% ../../nbs/00_core.config.ipynb #544e36fa
+# %% ../../nbs/00_core.config.ipynb #b9ec8c2e
 @cache
 def _documented(section: str) -> dict[str, str]:
     "Description of each key of a section."

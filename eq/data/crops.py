@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Sample', 'to_working', 'mask_to_working', 'CropPlan', 'CropStream']
 
-# %% ../../nbs/17_data.crops.ipynb #be97318c
-from dataclasses import dataclass
+# %% ../../nbs/17_data.crops.ipynb #267a899a
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from ..core.registry import EqError
 from .augment import augment
 
-# %% ../../nbs/17_data.crops.ipynb #82c86056
+# %% ../../nbs/17_data.crops.ipynb #2e64bc96
 @dataclass(frozen=True)
 class Sample:
     "An image (H, W, 3) uint8 and its mask (H, W) uint8 of classes, both at working resolution."
@@ -49,7 +49,7 @@ def mask_to_working(
     "Resamples a binary mask: a working pixel is set where at least half of it is covered."
     return (to_working(mask * np.uint8(255), scale) >= 128).astype(np.uint8)
 
-# %% ../../nbs/17_data.crops.ipynb #3b9c91f7
+# %% ../../nbs/17_data.crops.ipynb #b21d1265
 @dataclass(frozen=True)
 class CropPlan:
     "How crops are drawn. Sizes in working pixels."
@@ -78,7 +78,7 @@ def _warp(pixels: np.ndarray, matrix: np.ndarray, size: int, nearest: bool = Fal
     flags = cv2.WARP_INVERSE_MAP | (cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR)
     return cv2.warpAffine(pixels, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REFLECT_101)
 
-# %% ../../nbs/17_data.crops.ipynb #c0ca0f33
+# %% ../../nbs/17_data.crops.ipynb #f8e090fe
 def _objects(pairs: Sequence[Sample], min_area: int = 30) -> list[tuple[np.ndarray, np.ndarray]]:
     "Whole objects (not cut by the image's border) with a margin: (image patch, mask patch)."
     found = []
@@ -106,7 +106,7 @@ def _paste(crop: tuple[np.ndarray, np.ndarray], thing: tuple[np.ndarray, np.ndar
     image[:] = (alpha * pixels + (1 - alpha) * image + 0.5).astype(np.uint8)
     mask[cover >= 0.5] = 1
 
-# %% ../../nbs/17_data.crops.ipynb #c4fee309
+# %% ../../nbs/17_data.crops.ipynb #ec52ea7b
 class CropStream(Dataset):
     "Endless supply of training crops: item i is a function of (seed, i). Images (C, H, W) float32 normalised, masks (H, W) float32."
 

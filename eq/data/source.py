@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FOLDER', 'load_folder', 'FolderSource', 'load_source', 'SOURCES', 'Source']
 
-# %% ../../nbs/19f_data.source.ipynb #9728f9e9
+# %% ../../nbs/19f_data.source.ipynb #79d739e5
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,19 +13,22 @@ from ..core.paths import data_root
 from ..core.registry import EqError, unknown_name
 from . import source_classes, source_em, source_glom, source_synthetic, source_vegf  # noqa: F401  importing registers the built-in sources
 from .catalogue import SOURCES, Source, add_source, require_folder
-from .cohort import Cohort, load_cohort
+from .cohort import Cohort, info_path, load_cohort
 from .organize import organize_folder
 
 _all_ = ["SOURCES", "Source"]
 
-# %% ../../nbs/19f_data.source.ipynb #0c5e6b4e
+# %% ../../nbs/19f_data.source.ipynb #25cb5ac9
 def load_folder(
     folder: str | Path,  # An organised folder, or one whose images and masks can be paired by name
 ) -> Cohort:  # Its images
     "A folder as a cohort. Raises EqError where it is missing or holds no image."
     folder = require_folder("folder", Path(folder).expanduser())
     csv = folder / "cohort.csv"
-    return load_cohort(csv, name=folder.resolve().name) if csv.is_file() else organize_folder(folder)[0]
+    if not csv.is_file():
+        return organize_folder(folder)[0]
+    named = {} if info_path(csv).is_file() else {"name": folder.resolve().name}
+    return load_cohort(csv, **named)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ FOLDER = add_source(
     )
 )
 
-# %% ../../nbs/19f_data.source.ipynb #b0918234
+# %% ../../nbs/19f_data.source.ipynb #89374ed0
 def load_source(
     name: str | Path,  # A name of SOURCES, a cohort CSV, or a folder of images
     root: str | Path | None = None,  # The data root; None: EQ__DATA__ROOT or its default. For "folder", the folder

@@ -6,21 +6,21 @@
 __all__ = ['UNetBuilder', 'UNETS', 'FASTAI_ENCODERS', 'build_unet', 'build_fpn', 'build_unetplusplus', 'build_dynamic_unet',
            'load_encoder_weights', 'create_unet', 'count_parameters']
 
-# %% ../../nbs/20_models.unet.ipynb #d1e58e6f
+# %% ../../nbs/20_models.unet.ipynb #ccc5d785
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import segmentation_models_pytorch as smp
 import torch
-from fastai.vision.learner import create_unet_model
 from fastai.vision import models as fastai_models
+from fastai.vision.learner import create_unet_model
 from safetensors.torch import load_file
 from torch import nn
 
 from ..core.registry import EqError, Registry, unknown_name
 
-# %% ../../nbs/20_models.unet.ipynb #ccf8d8d3
+# %% ../../nbs/20_models.unet.ipynb #2a5a42c5
 UNetBuilder = Callable[[str, int, int], nn.Module]
 UNETS: Registry[UNetBuilder] = Registry("network")
 
@@ -40,7 +40,7 @@ def _build_smp(kind: type[nn.Module], encoder: str, in_channels: int, classes: i
         warnings.simplefilter("ignore", DeprecationWarning)
         return kind(_smp_encoder(encoder), encoder_weights=None, in_channels=in_channels, classes=classes)
 
-# %% ../../nbs/20_models.unet.ipynb #814e879b
+# %% ../../nbs/20_models.unet.ipynb #5cb893fb
 @UNETS.register("unet")
 def build_unet(
     encoder: str,  # Any encoder of segmentation-models-pytorch, or `tu-NAME` for a timm network
@@ -70,7 +70,7 @@ def build_unetplusplus(
     "UNet++ (Zhou et al. 2018, doi 10.1007/978-3-030-00889-5_1): nested skips, about three times the work."
     return _build_smp(smp.UnetPlusPlus, encoder, in_channels, classes)
 
-# %% ../../nbs/20_models.unet.ipynb #c2a09a5f
+# %% ../../nbs/20_models.unet.ipynb #6ba06400
 FASTAI_ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
 
@@ -85,7 +85,7 @@ def build_dynamic_unet(
         raise unknown_name("encoder", encoder, list(FASTAI_ENCODERS))
     return create_unet_model(getattr(fastai_models, encoder), classes, (256, 256), pretrained=False, n_in=in_channels)
 
-# %% ../../nbs/20_models.unet.ipynb #b5d53471
+# %% ../../nbs/20_models.unet.ipynb #fdff02d7
 def load_encoder_weights(
     model: nn.Module,  # A network with an `.encoder`
     path: Path | str,  # A .safetensors file of the encoder's (or the whole classifier's) tensors
@@ -113,7 +113,7 @@ def _hub_encoder(encoder: str, in_channels: int) -> dict[str, torch.Tensor]:
         raise EqError(f"ImageNet weights for encoder {encoder!r} cannot be had ({why}); "
                       "give a local file (pretrained=/path/model.safetensors) or ask for pretrained=False") from error
 
-# %% ../../nbs/20_models.unet.ipynb #5e5c3bf0
+# %% ../../nbs/20_models.unet.ipynb #078ca8bd
 def create_unet(
     arch: str = "unet",  # A name from `UNETS`
     encoder: str = "resnet18",  # The encoder's name, see `build_unet`

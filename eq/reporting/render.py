@@ -7,13 +7,13 @@ __all__ = ['Picture', 'MAGIC', 'STYLE', 'PRINT_STYLE', 'PAGE', 'ROWS', 'Stat', '
            'image_bytes', 'data_uri', 'cell_text', 'column_text', 'table_cells', 'interval_text', 'render_table',
            'render_report', 'write_report']
 
-# %% ../../nbs/62_reporting.render.ipynb #69d00166
+# %% ../../nbs/62_reporting.render.ipynb #65e292d0
 import base64
 import io
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from ..core.files import write_text
 from ..core.registry import EqError
 from ..core.results import Interval
 
-# %% ../../nbs/62_reporting.render.ipynb #a90eaaf7
+# %% ../../nbs/62_reporting.render.ipynb #58e58c64
 Picture = bytes | str | Path | np.ndarray | Canvas  # whatever a report can show
 
 
@@ -58,7 +58,7 @@ class Figure:
     caption: str = ""  # What to see in it; also its alternative text
     wide: bool = True  # Full width; figures that are not stand side by side
 
-# %% ../../nbs/62_reporting.render.ipynb #8297cea8
+# %% ../../nbs/62_reporting.render.ipynb #40871dc9
 @dataclass(frozen=True)
 class Section:
     "One part of a report."
@@ -82,7 +82,7 @@ class Report:
     facts: Mapping[str, str] = field(default_factory=dict)  # Name -> value: versions, parameters, command
     banner: str = ""  # Said above everything, for example that images are synthetic
 
-# %% ../../nbs/62_reporting.render.ipynb #decf6966
+# %% ../../nbs/62_reporting.render.ipynb #42076519
 MAGIC = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}  # first bytes -> media type
 
 
@@ -116,7 +116,7 @@ def data_uri(
         raise EqError(f"a figure must be PNG or JPEG; its first bytes are {raw[:8]!r}")
     return f"data:{kind};base64,{base64.b64encode(raw).decode()}"
 
-# %% ../../nbs/62_reporting.render.ipynb #4dcc1ead
+# %% ../../nbs/62_reporting.render.ipynb #b57250c4
 def cell_text(
     value: Any,  # A table cell
 ) -> str:  # What is printed
@@ -161,9 +161,10 @@ def interval_text(
 ) -> str:  # For example "95 % interval 0.81 to 0.90, 6 animals"
     "An interval in words."
     count = f", {interval.n_units} {unit or 'units'}" if interval.n_units else ""
-    return f"{100 * interval.level:g} % interval {cell_text(interval.low)} to {cell_text(interval.high)}{count}"
+    low, high = (f"{end:.2f}" if abs(end) < 10 else cell_text(end) for end in (interval.low, interval.high))
+    return f"{100 * interval.level:g} % interval {low} to {high}{count}"
 
-# %% ../../nbs/62_reporting.render.ipynb #165d250e
+# %% ../../nbs/62_reporting.render.ipynb #5cd67850
 STYLE = """
 :root{--ink:#1d2430;--soft:#5b6675;--line:#dfe4ea;--paper:#fff;--tint:#f5f7f9;--accent:#23527c;--good:#1b7f4b;--bad:#b3261e}
 *{box-sizing:border-box}
@@ -175,7 +176,7 @@ h2{font-size:21px;font-weight:600;margin:44px 0 10px;padding-top:18px;border-top
 .answer{font-size:27px;line-height:1.35;font-weight:500;margin:0 0 26px;max-width:34em}
 p{margin:0 0 12px;max-width:46em}
 .banner{background:#fdf3d7;border:1px solid #ecd9a0;color:#6b5310;border-radius:4px;padding:8px 14px;font-size:14px;margin:0 0 22px;max-width:none}
-.stats{display:grid;grid-template-columns:repeat(auto-fit,minmax(180px,1fr));gap:14px;margin:0 0 8px}
+.stats{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:14px;margin:0 0 8px}
 .stat{border:1px solid var(--line);border-radius:6px;padding:14px 16px;background:#fbfcfd}
 .stat b{display:block;font-size:30px;line-height:1.2;font-weight:600;font-variant-numeric:tabular-nums}
 .stat span{display:block;font-size:14px}.stat small{display:block;color:var(--soft);font-size:12.5px;line-height:1.4;margin-top:2px}
@@ -193,7 +194,7 @@ th.r,td.r{text-align:right;padding-right:28px}tr{break-inside:avoid}
 .checks li.no::before{content:"\\2717";color:var(--bad)}.checks li.no{color:var(--bad)}.checks small{color:var(--soft);display:block}
 """
 
-# %% ../../nbs/62_reporting.render.ipynb #2d58d109
+# %% ../../nbs/62_reporting.render.ipynb #2789c2ca
 PRINT_STYLE = """
 details{margin-top:10px}summary{cursor:pointer;color:var(--accent);font-size:14px}
 .mono td{font-size:12.5px;word-break:break-all}.mono td:last-child{font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;color:var(--soft)}
@@ -227,7 +228,7 @@ PAGE = """<!DOCTYPE html>
 <footer>Made by eq. This file needs no other file and loads nothing.</footer></main></body></html>
 """
 
-# %% ../../nbs/62_reporting.render.ipynb #903752e8
+# %% ../../nbs/62_reporting.render.ipynb #d09d2fa5
 ROWS = """<div class="scroll"><table><thead><tr>{% for name, right in head %}<th{% if right %} class="r"{% endif %}>{{ name }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in cells %}<tr>{% for text, right in row %}<td{% if right %} class="r"{% endif %}>{{ text }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>"""
@@ -248,7 +249,7 @@ def render_report(
     made: datetime | None = None,  # Time printed at the top; default now (UTC)
 ) -> str:  # A whole HTML page
     "A report as one self-contained HTML page."
-    when = (made or datetime.now(timezone.utc)).strftime("%d %B %Y, %H:%M UTC")
+    when = (made or datetime.now(UTC)).strftime("%d %B %Y, %H:%M UTC")
     page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
     return page.render(report=report, made=when, style=Markup(STYLE + PRINT_STYLE), uri=data_uri, rows=lambda table: Markup(render_table(table)))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FitOptions', 'channel_stats', 'Fit', 'end_epoch', 'FitResult', 'fit_segment']
 
-# %% ../../nbs/36_training.fit_segment.ipynb #5f98b6d0
+# %% ../../nbs/36_training.fit_segment.ipynb #97fc80c0
 # fastai builds much of itself at run time, where a type checker cannot follow
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ from .loss import LOSSES
 from .state import Progress, Trainee, load_state, save_state
 from .validate import Eye, Validation, validate
 
-# %% ../../nbs/36_training.fit_segment.ipynb #831341bf
+# %% ../../nbs/36_training.fit_segment.ipynb #ffe92bf3
 @dataclass(frozen=True)
 class FitOptions:
     "How a segmentation network is fitted."
@@ -66,7 +66,7 @@ class FitOptions:
         if self.keep not in ("best", "last"):
             raise EqError(f"keep = {self.keep!r}; valid: 'best' or 'last'")
 
-# %% ../../nbs/36_training.fit_segment.ipynb #c6395750
+# %% ../../nbs/36_training.fit_segment.ipynb #eaf06646
 def channel_stats(
     samples: Sequence[Sample],  # Training images
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:  # Mean and standard deviation per channel, on the 0-1 scale
@@ -74,7 +74,7 @@ def channel_stats(
     pixels = np.concatenate([s.image.reshape(-1, s.image.shape[-1])[::7] for s in samples]).astype(np.float64) / 255
     return tuple(pixels.mean(0).round(6).tolist()), tuple(np.maximum(pixels.std(0), 1 / 255).round(6).tolist())
 
-# %% ../../nbs/36_training.fit_segment.ipynb #d8be59d9
+# %% ../../nbs/36_training.fit_segment.ipynb #b55ff7e9
 class Fit:
     "A training run in a folder. Use `fit_segment`."
 
@@ -134,7 +134,7 @@ class Fit:
         found = {"validation_dice": score.dice, "step": self.clock.step, "seconds": self.clock.seconds(), **metrics}
         return replace(self.meta, threshold=score.threshold, tta=score.tta, metrics=found)
 
-# %% ../../nbs/36_training.fit_segment.ipynb #bed59316
+# %% ../../nbs/36_training.fit_segment.ipynb #8bd278c5
 def end_epoch(
     fit: Fit,  # The run
     loss: float,  # Mean training loss of the epoch
@@ -160,7 +160,7 @@ def end_epoch(
     fit.stream.start = clock.step * fit.options.batch_size
     return finished
 
-# %% ../../nbs/36_training.fit_segment.ipynb #f8a8e081
+# %% ../../nbs/36_training.fit_segment.ipynb #81422a69
 @dataclass(frozen=True)
 class FitResult:
     "What a training run leaves behind."

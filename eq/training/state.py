@@ -6,7 +6,7 @@
 __all__ = ['RESUME', 'Progress', 'random_state', 'set_random_state', 'optimizer_state', 'set_optimizer_state', 'point', 'prune',
            'Trainee', 'save_state', 'load_state']
 
-# %% ../../nbs/33_training.state.ipynb #b6db1510
+# %% ../../nbs/33_training.state.ipynb #6390a2b8
 import os
 import random
 import shutil
@@ -23,7 +23,7 @@ from ..core.registry import EqError
 from ..core.results import CheckpointMeta
 from ..models.checkpoint import META, load_tensors, save_checkpoint, save_tensors
 
-# %% ../../nbs/33_training.state.ipynb #720e498b
+# %% ../../nbs/33_training.state.ipynb #0ea70c95
 @dataclass
 class Progress:
     "Where a training run stands. Plain values only."
@@ -43,7 +43,7 @@ def _python_state() -> list[Any]:
 
 def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:  # Tensors for safetensors, values for JSON
     "The random states of torch, numpy and Python."
-    name, keys, pos, has_gauss, gauss = np.random.get_state(legacy=True)
+    name, keys, pos, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002  the global state is what has to be kept
     tensors = {"rng.torch": torch.get_rng_state(), "rng.numpy": torch.from_numpy(np.asarray(keys).astype(np.int64))}
     if torch.cuda.is_available():
         tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -60,11 +60,11 @@ def set_random_state(
     if cuda and torch.cuda.device_count() == len(cuda):
         torch.cuda.set_rng_state_all(cuda)
     name, pos, has_gauss, gauss = values["numpy"]
-    np.random.set_state((name, tensors["rng.numpy"].numpy().astype(np.uint32), pos, has_gauss, gauss))
+    np.random.set_state((name, tensors["rng.numpy"].numpy().astype(np.uint32), pos, has_gauss, gauss))  # noqa: NPY002
     version, numbers, gauss = values["python"]
     random.setstate((version, tuple(numbers), gauss))
 
-# %% ../../nbs/33_training.state.ipynb #79f002c1
+# %% ../../nbs/33_training.state.ipynb #98b9d0fb
 def optimizer_state(
     optimizer: torch.optim.Optimizer,  # Any torch optimiser
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:  # Its tensors by flat name, its parameter groups
@@ -88,7 +88,7 @@ def set_optimizer_state(
     groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in groups]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-# %% ../../nbs/33_training.state.ipynb #40825421
+# %% ../../nbs/33_training.state.ipynb #c7530ab0
 RESUME = "resume"
 
 
@@ -112,7 +112,7 @@ def prune(
         if step.resolve() not in kept:
             shutil.rmtree(step)
 
-# %% ../../nbs/33_training.state.ipynb #50d76338
+# %% ../../nbs/33_training.state.ipynb #972cc97a
 @dataclass
 class Trainee:
     "The parts of a training run that change while it runs."
@@ -149,7 +149,7 @@ def save_state(
     prune(checkpoints)
     return folder
 
-# %% ../../nbs/33_training.state.ipynb #27cc7f94
+# %% ../../nbs/33_training.state.ipynb #95e2fd07
 def load_state(
     checkpoints: Path,  # Folder with the link `last`
     trainee: Trainee,  # Fresh parts of the same shapes; filled in place

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEADS', 'transfer_weights']
 
-# %% ../../nbs/38_training.transfer.ipynb #1dc78cb4
+# %% ../../nbs/38_training.transfer.ipynb #77fc4426
 from pathlib import Path
 
 from torch import nn
@@ -14,7 +14,7 @@ from ..core.registry import EqError
 from ..core.results import CheckpointMeta
 from ..models.checkpoint import load_checkpoint
 
-# %% ../../nbs/38_training.transfer.ipynb #6005702a
+# %% ../../nbs/38_training.transfer.ipynb #45baf9d5
 HEADS = ("segmentation_head.", "layers.12.")  # last layer of the networks in eq.models.unet: smp's, and fastai's DynamicUnet
 
 

@@ -6,10 +6,9 @@
 __all__ = ['Scored', 'pieces', 'score_case', 'summary_rows', 'difference_rows', 'Protocol', 'run_protocol', 'bench_em',
            'bench_glom']
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #b606d249
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #93a2a853
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from ..training.classic import ClassicOptions, best_rate
 from .bench import Row, Sitting, write_plot
 from .bench_variants import ORDER, VARIANTS, Case, Predictor
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #31164380
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #69a8f061
 @dataclass(frozen=True)
 class Scored:
     "One test image (or quadrant) scored."
@@ -70,7 +69,7 @@ def score_case(
             found.append(Scored(variant, case.seed, case.fold, sample.name, name, pixel, detection_scores(labels[where], truth[where])))
     return found
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #49f19397
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #7a94c5cf
 def summary_rows(
     scored: Sequence[Scored],  # One variant and seed, all folds
 ) -> list[Row]:  # iou, dice, mean_dice, detection_rate, detection_f1
@@ -102,7 +101,7 @@ def difference_rows(
             rows.append(Row(f"{first} - {second}", f"{metric}_difference{what}", round(value, 4), unit=f"{gap.n_units} units", seed="all"))
     return rows
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #4123cf8c
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #8b18b64a
 def _splits(name: str, source: str) -> list[Split]:
     "The declared split of em; three grouped folds of glom."
     cohort = load_source(source)

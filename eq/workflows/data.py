@@ -6,7 +6,7 @@
 __all__ = ['ABOUT', 'app', 'COLUMN_HELP', 'SOURCE_HELP', 'print_table', 'list_sources', 'show_source', 'new_csv',
            'print_leftovers', 'organize', 'parse_columns', 'print_join', 'scores', 'export_patches_of', 'validate']
 
-# %% ../../nbs/72_workflows.data.ipynb #09c5748c
+# %% ../../nbs/72_workflows.data.ipynb #c973e87c
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,7 @@ import typer
 
 from ..core.paths import data_root
 from ..core.registry import EqError, unknown_name
-from ..data.cohort import Cohort, save_cohort
+from ..data.cohort import USES, Cohort, save_cohort
 from ..data.describe import describe_cohort
 from ..data.mask import validate_pairs
 from ..data.organize import Layout, organize_folder
@@ -24,7 +24,7 @@ from ..data.scores import JoinReport, SheetColumns, join_scores
 from ..data.source import SOURCES, load_source
 from ..data.split import split_cohort
 
-# %% ../../nbs/72_workflows.data.ipynb #61b3c56b
+# %% ../../nbs/72_workflows.data.ipynb #605403ec
 ABOUT = "List, show and organise sources of images; join score sheets."
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help=ABOUT)
 COLUMN_HELP = "which column is what, as role=NAME; roles: image, subject, score, rater, group"
@@ -51,7 +51,7 @@ def list_sources() -> None:
     print_table(rows)
     typer.echo(f"images are looked for in {data_root()} (EQ__DATA__ROOT); in place of a name give a cohort CSV or a folder")
 
-# %% ../../nbs/72_workflows.data.ipynb #d970f897
+# %% ../../nbs/72_workflows.data.ipynb #43192cb2
 @app.command("show", epilog="Example: eq data show em_vnc")
 def show_source(
     source: Annotated[str, typer.Argument(help=SOURCE_HELP)],  # Name, CSV or folder
@@ -60,7 +60,7 @@ def show_source(
     cohort = load_source(source)
     for name, text in describe_cohort(cohort).items():
         typer.echo(f"{name + ':':16}{text}")
-    purpose = {"any": "train", "benchmark": "bench", "evaluate": "evaluate"}[cohort.use]
+    purpose = USES[cohort.use][0]  # the most that its terms allow
     try:
         split = split_cohort(cohort, purpose=purpose)
     except EqError as error:  # a folder may be fine to predict on and too small to split
@@ -69,7 +69,7 @@ def show_source(
     sizes = ", ".join(f"{name} {len(part)} images of {len(part.units)} {split.unit}s" for name, part in split.parts.items() if len(part))
     typer.echo(f"{'split:':16}{split.scheme}: {sizes}; {len(split.left_out)} left out")
 
-# %% ../../nbs/72_workflows.data.ipynb #c473c183
+# %% ../../nbs/72_workflows.data.ipynb #d3711e62
 def new_csv(
     out: Path,  # A .csv file, or a folder to hold cohort.csv
 ) -> Path:  # The file to write
@@ -105,7 +105,7 @@ def _organized(folder: str, layout: Layout) -> Cohort:
     print_leftovers("names that fit several files; not in the cohort", report.ambiguous)
     return cohort
 
-# %% ../../nbs/72_workflows.data.ipynb #4f4966c7
+# %% ../../nbs/72_workflows.data.ipynb #cf260f51
 @app.command("organize", epilog="Example: eq data organize my_images --task glom --subject '(m[0-9]+)_' --out data/mine.csv")
 def organize(
     folder: Annotated[str, typer.Argument(help="folder with images and masks, or the name of a source")],  # What to organise
@@ -125,7 +125,7 @@ def organize(
         typer.echo("no subjects: each image is its own unit of splitting; give --subject where several images show one animal")
     typer.echo(f"{len(cohort)} images, {len(cohort.units)} {cohort.split_unit}s: {csv}")
 
-# %% ../../nbs/72_workflows.data.ipynb #de9465a5
+# %% ../../nbs/72_workflows.data.ipynb #a0441274
 def parse_columns(
     pairs: list[str],  # Each "role=NAME", for example "score=Grade"
     tab: str | None = None,  # Sheet of a workbook
@@ -151,7 +151,7 @@ def print_join(
     print_leftovers("names in the sheet without a score", report.sheet_unscored)
     print_leftovers("images without a score", report.images_unmatched)
 
-# %% ../../nbs/72_workflows.data.ipynb #64d4185f
+# %% ../../nbs/72_workflows.data.ipynb #dec218d6
 @app.command("scores", epilog="Example: eq data scores sheet.xlsx --source my_images --out scored.csv --column score=Grade")
 def scores(
     sheet: Annotated[Path, typer.Argument(help="CSV or XLSX with one row an image or an animal")],  # Score sheet
@@ -171,7 +171,7 @@ def scores(
     if strict and not report.complete:
         raise typer.Exit(1)
 
-# %% ../../nbs/72_workflows.data.ipynb #11e0562d
+# %% ../../nbs/72_workflows.data.ipynb #a1c9cf00
 @app.command("export-patches", epilog="Example: eq data export-patches em_vnc --out data/em_patches --size 256 --background 0.2")
 def export_patches_of(
     source: Annotated[str, typer.Argument(help=SOURCE_HELP)],  # Name, CSV or folder
@@ -188,7 +188,7 @@ def export_patches_of(
     csv = export_patches(cohort, out, PatchPlan(size=size, overlap=overlap, background=background, seed=seed))
     typer.echo(f"{len(load_source(csv))} patches of {len(cohort)} images: {csv}")
 
-# %% ../../nbs/72_workflows.data.ipynb #63f20561
+# %% ../../nbs/72_workflows.data.ipynb #e93a7c43
 @app.command("validate", epilog="Example: eq data validate my_images")
 def validate(
     source: Annotated[str, typer.Argument(help=SOURCE_HELP)],  # Name, CSV or folder

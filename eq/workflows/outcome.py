@@ -7,7 +7,7 @@ __all__ = ['NOUNS', 'SYNTHETIC', 'UNITS', 'Outcome', 'telling_images', 'outlined
            'outcome_metrics', 'training_section', 'score_section', 'object_table', 'object_section', 'outcome_report',
            'write_outcome']
 
-# %% ../../nbs/78_workflows.outcome.ipynb #5b757058
+# %% ../../nbs/78_workflows.outcome.ipynb #43098bc4
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..quantification.instances import ArrayLabels
 from ..reporting.overlay import contact_sheet, overlay
 from ..reporting.render import Check, Figure, Report, Section, Stat, interval_text, write_report
 
-# %% ../../nbs/78_workflows.outcome.ipynb #abdc004b
+# %% ../../nbs/78_workflows.outcome.ipynb #c9303c83
 NOUNS = {"mito": "mitochondria", "glom": "glomeruli"}  # task, and what a reader calls what it finds
 
 
@@ -53,7 +53,7 @@ class Outcome:
         "What was looked for."
         return NOUNS.get(self.segmenter.meta.task, self.segmenter.meta.task)
 
-# %% ../../nbs/78_workflows.outcome.ipynb #5a1780ba
+# %% ../../nbs/78_workflows.outcome.ipynb #3f4dce15
 def telling_images(
     evaluation: Evaluation,  # At least one scored image
 ) -> dict[str, int]:  # "worst", "median", "best" -> position in `evaluation.images`; fewer where images are few
@@ -86,7 +86,7 @@ def example_figure(
     titles = [f"{name}: {Path(s.image).stem}, Dice {s.pixel.dice:.2f}" for name, s in shown.items()]
     return Figure(contact_sheet(pictures, titles, columns=3, width=11.0), "Blue: found. Amber: the truth. Images that training never saw, by Dice.")
 
-# %% ../../nbs/78_workflows.outcome.ipynb #74e5636e
+# %% ../../nbs/78_workflows.outcome.ipynb #e33ace80
 SYNTHETIC = "Synthetic images, painted by eq: they show that the way from image to number works, and are evidence of nothing else."
 UNITS = {"subject": "animals", "block": "blocks", "section": "sections", "image": "images", "group": "groups"}
 
@@ -145,7 +145,7 @@ def score_section(
     failed = "".join(f"\n\nNot scored: {Path(image).name}: {why}" for image, why in evaluation.failed.items())
     return Section("Each image", f"Distances in pixels of the original image.{failed}", table=table[[c for c in columns if c in table]])
 
-# %% ../../nbs/78_workflows.outcome.ipynb #ca381460
+# %% ../../nbs/78_workflows.outcome.ipynb #1c8935f8
 def object_table(
     predictions: str | Path,  # Folder of `eq predict`: summary.csv and one folder an image
     cohort: Cohort,  # Says which unit an image belongs to
@@ -183,7 +183,7 @@ def object_section(
     text = f"{len(objects)} {noun}, {len(whole)} of them whole." + ("" if area == "area_um2" else " The pixel size is unknown, so areas are in px2.")
     return Section("Objects", text, table=table.merge(sizes, left_on=unit, right_index=True, how="left"))
 
-# %% ../../nbs/78_workflows.outcome.ipynb #a30921bc
+# %% ../../nbs/78_workflows.outcome.ipynb #20a24eb2
 def outcome_report(
     outcome: Outcome,  # What was found
 ) -> Report:  # The answer first
@@ -193,9 +193,11 @@ def outcome_report(
     answer += f" and {of['detection'].estimate:.0%} of them are found."
     answer += f" {len(failed)} of {len(outcome.checks)} checks failed." if failed else ""
     intervals = outcome.evaluation.summary_table().rename(columns={"estimate": "value"})
+    notes = sorted({str(note) for note in intervals.pop("note") if note})
+    drawn = "Intervals: percentile bootstrap over independent units" + "".join(f"; {note}" for note in notes) + "."
     shown = (Section("Checks", checks=outcome.checks),) if outcome.checks else ()
     shown += (Section("What was found", figures=(example_figure(outcome),)), *outcome.sections, training_section(outcome.trainings))
-    shown += (Section("Scores", "Intervals: percentile bootstrap over independent units.", table=intervals), score_section(outcome.evaluation))
+    shown += (Section("Scores", drawn, table=intervals), score_section(outcome.evaluation))
     code = code_version()
     facts = {"images": f"{cohort.name}: {cohort.terms}", "eq": f"{code['version']}, code {code['sha256'][:12]}", **outcome.segmenter.engine}
     return Report(

@@ -1,0 +1,82 @@
+"""The run notebooks end to end: `eq run NAME` on small painted cohorts leaves notebook, report, metrics and a manifest that verifies."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EQ = Path(sys.executable).with_name("eq")
+SECONDS = 3 / 60  # of training, in minutes
+
+
+@pytest.fixture(scope="module")
+def painted(tmp_path_factory) -> dict[str, Path]:
+    "One section or field a unit, 256 px: enough to run through."
+    from eq.data.synthetic import write_em_cohort, write_kidney_cohort
+
+    folder = tmp_path_factory.mktemp("painted")
+    return {
+        "em": write_em_cohort(folder / "em", n_sections=6, seed=3, size=256),
+        "kidney": write_kidney_cohort(folder / "kidney", n_animals=6, sections=1, fields=1, seed=3, size=256),
+    }
+
+
+def run(name: str, out: Path, **parameters: object) -> subprocess.CompletedProcess:
+    pairs = [word for key, value in parameters.items() for word in ("-p", key, str(value))]
+    return subprocess.run([EQ, "run", name, *pairs, "--out", out], capture_output=True, text=True, env={**os.environ, "EQ__EVALUATE__DRAWS": "200"})
+
+
+def check(done: subprocess.CompletedProcess, name: str, out: Path) -> dict:
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.strip().endswith("report.html")
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "Synthetic images" in page and page.count("data:image/png;base64,") >= 2 and "<script" not in page
+    metrics, manifest = (json.loads((out / file).read_text()) for file in ("metrics.json", "manifest.json"))
+    assert 0 <= metrics["scores"]["dice"]["estimate"] <= 1 and manifest["status"] == "done"
+    listed = {a["path"] for a in manifest["artefacts"]}
+    assert {f"{name}.ipynb", "report.html", "metrics.json", "scores.csv"} <= listed
+    cells = json.loads((out / f"{name}.ipynb").read_text())["cells"]
+    assert any("injected-parameters" in c["metadata"].get("tags", []) for c in cells)
+    assert any(o.get("data", {}).get("image/png") for c in cells for o in c.get("outputs", [])), "no figure in the executed notebook"
+    assert list((out / "predictions").rglob("overlay.png")) and list((out / "predictions").rglob("objects.geojson"))
+    verified = subprocess.run([EQ, "verify", out], capture_output=True, text=True)
+    assert verified.returncode == 0, verified.stdout
+    return metrics
+
+
+def test_mitochondria(painted, tmp_path):
+    out = tmp_path / "run"
+    check(run("mitochondria", out, source=painted["em"], minutes=SECONDS, seed=1), "mitochondria", out)
+
+
+def test_glomeruli(painted, tmp_path):
+    out = tmp_path / "run"
+    check(run("glomeruli", out, source=painted["kidney"], minutes=SECONDS), "glomeruli", out)
+
+
+def test_endotheliosis(painted, tmp_path):
+    out = tmp_path / "run"
+    done = run("endotheliosis", out, em_source=painted["em"], source=painted["kidney"], mito_minutes=SECONDS, minutes=SECONDS)
+    check(done, "endotheliosis", out)
+    assert json.loads((out / "glom" / "model.json").read_text())["parent"], "the second network starts from the first"
+    assert (out / "objects.csv").exists()
+
+
+def test_a_bad_source_fails_in_its_cell_and_says_why(tmp_path):
+    out = tmp_path / "run"
+    done = run("mitochondria", out, source="em_vcn", minutes=SECONDS)
+    assert done.returncode == 2, done.stderr
+    assert "did you mean 'em_vnc'?" in done.stderr and "Traceback" not in done.stderr.splitlines()[-1]
+    assert json.loads((out / "manifest.json").read_text())["status"] == "failed" and (out / "mitochondria.ipynb").exists()
+
+
+def test_the_demo_fails_when_the_network_learned_nothing(tmp_path):
+    "Exit code 1, and a report that says why."
+    out = tmp_path / "demo"
+    small = ["--mito-minutes", "0.02", "--glom-minutes", "0.02", "--animals", "6", "--size", "256", "--out", str(out)]
+    done = subprocess.run([EQ, "demo", *small], capture_output=True, text=True, env={**os.environ, "EQ__DEMO__MIN_DICE": "0.999"})
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "NO   Dice on unseen animals is at least 1.00" in done.stdout and done.stdout.strip().endswith("report.html")
+    assert "checks failed" in (out / "report.html").read_text(encoding="utf-8")
