@@ -6,7 +6,7 @@
 __all__ = ['Ring', 'OBJECT_TYPES', 'trace_polygons', 'fill_rings', 'class_colour', 'labels_to_geojson', 'write_geojson',
            'geojson_to_labels', 'read_geojson']
 
-# %% ../../nbs/16_data.annotations.ipynb #7e38b82d
+# %% ../../nbs/16_data.annotations.ipynb #eea7c5ab
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ from ..core.files import read_json, write_text
 from ..core.registry import EqError
 from .pxsize import checked_px_size
 
-# %% ../../nbs/16_data.annotations.ipynb #774481b9
+# %% ../../nbs/16_data.annotations.ipynb #c456968e
 Ring = np.ndarray  # (N, 2) int64 of x, y, not closed
 _AHEAD = ((0, 1), (1, 0), (0, -1), (-1, 0))  # along the top, right, bottom and left side of a pixel: y, x
 _OUT = ((-1, 0), (0, 1), (1, 0), (0, -1))
@@ -46,7 +46,7 @@ def _edges(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     pixel, side = np.concatenate(pixels), np.concatenate(sides)
     return pixel, side, np.searchsorted(side * flat.size + pixel, np.concatenate(targets))
 
-# %% ../../nbs/16_data.annotations.ipynb #949d2c34
+# %% ../../nbs/16_data.annotations.ipynb #9735cea5
 def _rings(mask: np.ndarray) -> Iterator[tuple[Ring, int]]:
     # simple rings of corners in padded coordinates, each with one foreground pixel that it belongs to
     pixel, side, following = _edges(mask)
@@ -64,7 +64,7 @@ def _rings(mask: np.ndarray) -> Iterator[tuple[Ring, int]]:
         if path:
             yield from ((corners[part], int(pixel[part[0]])) for part in _simple(path, corners))
 
-# %% ../../nbs/16_data.annotations.ipynb #286d40a2
+# %% ../../nbs/16_data.annotations.ipynb #ef7c2a69
 def _simple(path: list[int], corners: np.ndarray) -> Iterator[list[int]]:
     # cuts a closed path wherever it comes back to a corner it has been at
     points = list(map(tuple, corners[path].tolist()))
@@ -84,7 +84,7 @@ def _simple(path: list[int], corners: np.ndarray) -> Iterator[list[int]]:
         open_path.append(edge)
     yield open_path
 
-# %% ../../nbs/16_data.annotations.ipynb #f1ec2815
+# %% ../../nbs/16_data.annotations.ipynb #705b2f5f
 def _signed_area(ring: Ring) -> float:
     x, y = ring[:, 0], ring[:, 1]
     return float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum()) / 2
@@ -112,7 +112,7 @@ def trace_polygons(
             holes.setdefault(part, []).append(placed)
     return [[outlines[part], *holes.get(part, [])] for part in sorted(outlines)]
 
-# %% ../../nbs/16_data.annotations.ipynb #8fc8d8d4
+# %% ../../nbs/16_data.annotations.ipynb #c4880673
 def fill_rings(
     rings: list[np.ndarray],  # Each (N, 2) of x, y in pixels
     height: int,  # Rows of the result
@@ -131,7 +131,7 @@ def fill_rings(
         np.bitwise_xor.at(toggles, (row, np.clip(np.ceil(crossing - 0.5), 0, width).astype(int)), 1)
     return np.bitwise_xor.accumulate(toggles, axis=1)[:, :width].astype(bool)
 
-# %% ../../nbs/16_data.annotations.ipynb #29d8f6db
+# %% ../../nbs/16_data.annotations.ipynb #88e1eb11
 OBJECT_TYPES = ("annotation", "detection")
 _COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 
@@ -155,7 +155,7 @@ def _feature(label: int, mask: np.ndarray, corner: tuple[int, int], scale: float
     identity = str(uuid5(NAMESPACE_OID, f"{name} {parts[0][0][0]}"))
     return {"type": "Feature", "id": identity, "geometry": geometry, "properties": properties | {"name": name}}
 
-# %% ../../nbs/16_data.annotations.ipynb #837e621a
+# %% ../../nbs/16_data.annotations.ipynb #66005fd4
 def labels_to_geojson(
     labels: np.ndarray,  # (H, W) whole numbers, 0 is background
     px_size_um: float | None = None,  # Of the full resolution; None gives no area in um2
@@ -189,7 +189,7 @@ def _class_of(label: int, classification: str | Mapping[int, str]) -> dict[str, 
         raise EqError(f"object {label} has no class; the classification names {sorted(classification)[:20]}")
     return {"name": name, "color": class_colour(name)}
 
-# %% ../../nbs/16_data.annotations.ipynb #1e35e8a2
+# %% ../../nbs/16_data.annotations.ipynb #19c9125c
 def write_geojson(
     path: str | Path,  # Final name, usually *.geojson
     collection: dict[str, Any],  # From `labels_to_geojson`
@@ -198,7 +198,7 @@ def write_geojson(
     lines = ",\n".join(json.dumps(f, ensure_ascii=False, allow_nan=False, separators=(",", ":")) for f in collection["features"])
     return write_text(path, '{"type":"FeatureCollection","features":[\n' + lines + "\n]}\n")
 
-# %% ../../nbs/16_data.annotations.ipynb #fbce75f6
+# %% ../../nbs/16_data.annotations.ipynb #630d37c6
 def _feature_rings(feature: Any, number: int) -> list[np.ndarray]:
     geometry = feature.get("geometry") if isinstance(feature, dict) else None
     kind = geometry.get("type") if isinstance(geometry, dict) else None
@@ -220,7 +220,7 @@ def _label_of(feature: dict[str, Any]) -> int | None:
     value = found.get("Label") if isinstance(found, dict) else None
     return int(value) if isinstance(value, (int, float)) and 1 <= value < 2**31 and value == int(value) else None
 
-# %% ../../nbs/16_data.annotations.ipynb #8a03b7b0
+# %% ../../nbs/16_data.annotations.ipynb #296670a2
 def _draw(labels: np.ndarray, rings: list[np.ndarray], label: int) -> bool:
     # draws one feature inside its bounding box; False where it covers no pixel
     height, width = labels.shape
@@ -231,7 +231,7 @@ def _draw(labels: np.ndarray, rings: list[np.ndarray], label: int) -> bool:
     labels[y0:y1, x0:x1][inside] = label
     return bool(inside.any())
 
-# %% ../../nbs/16_data.annotations.ipynb #37283b30
+# %% ../../nbs/16_data.annotations.ipynb #ea941994
 def geojson_to_labels(
     content: Any,  # Parsed GeoJSON: a FeatureCollection, a list of features or one feature
     height: int,  # Rows of the result
@@ -253,7 +253,7 @@ def geojson_to_labels(
             raise EqError(f"feature {position} covers no pixel of {place}")
     return labels
 
-# %% ../../nbs/16_data.annotations.ipynb #10701653
+# %% ../../nbs/16_data.annotations.ipynb #917051bc
 def read_geojson(
     path: str | Path,  # A GeoJSON file
     height: int,  # Rows of the image it belongs to

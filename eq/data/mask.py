@@ -6,20 +6,20 @@
 __all__ = ['BINARY_P2C', 'THRESHOLD', 'MASK_CODINGS', 'BINARY', 'VIABLE_SCLEROSED', 'PROBLEMS', 'MaskCoding', 'grey_level',
            'read_labels', 'read_mask', 'PairProblem', 'validate_pairs', 'require_good_pairs']
 
-# %% ../../nbs/11_data.mask.ipynb #1040ab0e
+# %% ../../nbs/11_data.mask.ipynb #84f70fe7
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..core.registry import EqError, Registry
 from .cohort import Cohort
 from .io import Image, open_image
 from .pixels import needs_window, shown_channels
 
-# %% ../../nbs/11_data.mask.ipynb #980dc0a9
+# %% ../../nbs/11_data.mask.ipynb #0da32323
 BINARY_P2C = [0, 1]
 THRESHOLD = 127
 
@@ -43,7 +43,7 @@ def grey_level(
     weights = np.array([19595, 38470, 7471], np.uint32)
     return ((rgb.astype(np.uint32) @ weights + 0x8000) >> 16).astype(np.uint8)
 
-# %% ../../nbs/11_data.mask.ipynb #89155b10
+# %% ../../nbs/11_data.mask.ipynb #90ca7ac5
 def _picture(image: Image) -> np.ndarray:
     if not needs_window(image.layout):
         return image.rgb()
@@ -73,14 +73,14 @@ def _green_red(image: Image) -> np.ndarray:
         raise EqError(f"{image.path}: {int(unclear.sum())} pixels are neither black, green nor red, the first at y={y} x={x}")
     return np.where(red, np.uint8(2), green.astype(np.uint8))
 
-# %% ../../nbs/11_data.mask.ipynb #4bcfa9f9
+# %% ../../nbs/11_data.mask.ipynb #77790935
 BINARY = ("background", "foreground")
 MASK_CODINGS.register("grey127")(MaskCoding(_grey127, BINARY, f"grey level above {THRESHOLD}"))
 MASK_CODINGS.register("red127")(MaskCoding(_red127, BINARY, f"red above {THRESHOLD}"))
 VIABLE_SCLEROSED = ("background", "viable", "sclerosed")
 MASK_CODINGS.register("glom_viable_sclerosed")(MaskCoding(_green_red, VIABLE_SCLEROSED, "green is viable, red is sclerosed"))
 
-# %% ../../nbs/11_data.mask.ipynb #29a10630
+# %% ../../nbs/11_data.mask.ipynb #fa82f536
 def read_labels(
     path: str | Path | Image,  # An image of whole numbers with one channel, opened or not
 ) -> np.ndarray:  # (H, W) int32
@@ -98,7 +98,7 @@ def read_labels(
         raise EqError(f"{image.path}: labels lie between 0 and 2147483647, this image holds {low:g} to {high:g}")
     return values.astype(np.int32)
 
-# %% ../../nbs/11_data.mask.ipynb #b5c49b28
+# %% ../../nbs/11_data.mask.ipynb #012335b1
 def _label(image: Image) -> np.ndarray:
     labels = read_labels(image)
     if labels.max() > 255:
@@ -119,7 +119,7 @@ def read_mask(
     "The classes of a mask file. Raises EqError for an unknown coding and for what the coding cannot mean."
     return MASK_CODINGS[coding].decode(open_image(path))
 
-# %% ../../nbs/11_data.mask.ipynb #418d72cb
+# %% ../../nbs/11_data.mask.ipynb #d6e7b461
 @dataclass(frozen=True)
 class PairProblem:
     "One thing wrong with one image or its mask. `problem` is one of PROBLEMS."
@@ -135,7 +135,7 @@ class PairProblem:
 
 PROBLEMS = ("unreadable image", "NaN image", "constant image", "no mask", "unreadable mask", "size mismatch", "empty mask")
 
-# %% ../../nbs/11_data.mask.ipynb #113e6c54
+# %% ../../nbs/11_data.mask.ipynb #7b8d1471
 def _image_problems(image: Image) -> Iterator[tuple[str, str]]:
     shown, bad = shown_channels(image.layout), 0
     low, high = np.full(shown, np.inf), np.full(shown, -np.inf)
@@ -152,7 +152,7 @@ def _image_problems(image: Image) -> Iterator[tuple[str, str]]:
     if (low == high).all():
         yield "constant image", f"every pixel of {image.path} is {', '.join(f'{v:g}' for v in low)}"
 
-# %% ../../nbs/11_data.mask.ipynb #6d93c3f2
+# %% ../../nbs/11_data.mask.ipynb #645f3577
 def _mask_problems(image: Image | None, path: str, coding: str, allow_empty: bool) -> Iterator[tuple[str, str]]:
     if not path:
         yield "no mask", f"{image.path if image else 'the image'} has no mask"
@@ -171,7 +171,7 @@ def _mask_problems(image: Image | None, path: str, coding: str, allow_empty: boo
         largest, meaning = np.atleast_1d(values.max(axis=(0, 1))).tolist(), MASK_CODINGS[coding].meaning
         yield "empty mask", f"{path} marks nothing as {coding!r} ({meaning}); its largest value is {largest}"
 
-# %% ../../nbs/11_data.mask.ipynb #30a9c557
+# %% ../../nbs/11_data.mask.ipynb #b24d0599
 def validate_pairs(
     cohort: Cohort,  # Every row is looked at
     masks: bool = True,  # Whether every image needs a mask
@@ -192,7 +192,7 @@ def validate_pairs(
         found += [PairProblem(path, mask, problem, detail) for problem, detail in problems]
     return found
 
-# %% ../../nbs/11_data.mask.ipynb #353d0376
+# %% ../../nbs/11_data.mask.ipynb #fbda6276
 def require_good_pairs(
     cohort: Cohort,  # Every row is looked at
     masks: bool = True,  # As in `validate_pairs`

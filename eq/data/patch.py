@@ -6,7 +6,7 @@
 __all__ = ['tile_starts', 'plan_tiles', 'fade', 'along', 'blend_window', 'Band', 'Strip', 'fade_rows', 'TileQueue',
            'BandStitcher', 'stitch', 'stitch_array']
 
-# %% ../../nbs/14_data.patch.ipynb #9786f2e5
+# %% ../../nbs/14_data.patch.ipynb #bebdfce3
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +16,7 @@ import numpy as np
 from ..core.registry import EqError
 from ..core.results import Tile
 
-# %% ../../nbs/14_data.patch.ipynb #81e14956
+# %% ../../nbs/14_data.patch.ipynb #81412bad
 def tile_starts(
     length: int,  # Pixels along one side of the image
     tile: int,  # Pixels along one side of a tile
@@ -42,7 +42,7 @@ def plan_tiles(
     columns = tile_starts(width, tile, overlap)
     return [Tile(y, x, h, w) for y in tile_starts(height, tile, overlap) for x in columns]
 
-# %% ../../nbs/14_data.patch.ipynb #227385f8
+# %% ../../nbs/14_data.patch.ipynb #d03ec4c9
 @lru_cache(maxsize=256)
 def fade(
     n: int,  # Pixels shared
@@ -61,7 +61,7 @@ def along(
     "Weights laid along one axis."
     return weights.reshape([-1 if i == axis else 1 for i in range(ndim)])
 
-# %% ../../nbs/14_data.patch.ipynb #dad8aa7f
+# %% ../../nbs/14_data.patch.ipynb #dd50b2bd
 def blend_window(
     h: int,  # Rows of a tile
     w: int,  # Columns of a tile
@@ -76,7 +76,7 @@ def blend_window(
         side[len(side) - overlap :] = fade(overlap)[::-1]
     return np.outer(down, across)
 
-# %% ../../nbs/14_data.patch.ipynb #75f253f2
+# %% ../../nbs/14_data.patch.ipynb #da1d9b8f
 @dataclass(frozen=True)
 class Band:
     "Finished rows of an image: `values` is (rows, W) or (rows, W, channels) float32, its first row is row `y`."
@@ -84,7 +84,7 @@ class Band:
     y: int
     values: np.ndarray
 
-# %% ../../nbs/14_data.patch.ipynb #b22e2536
+# %% ../../nbs/14_data.patch.ipynb #ff4b2545
 class Strip:
     "One row of tiles, blended from left to right into a buffer that is used again for the row after next."
 
@@ -124,7 +124,7 @@ class Strip:
             self.holes = np.zeros(self.values.shape[:2], bool)
             self.holes[:, self.right :] = True
 
-# %% ../../nbs/14_data.patch.ipynb #a2980678
+# %% ../../nbs/14_data.patch.ipynb #f043ea98
 def fade_rows(
     strip: Strip,  # Complete; its first rows are changed
     above: Strip,  # The row of tiles above it
@@ -155,7 +155,7 @@ def _fade_with_holes(strip: Strip, above: Strip, shared: int, fill: float) -> No
     left[:shared] &= old_hole
     strip.holes = left if left.any() else None
 
-# %% ../../nbs/14_data.patch.ipynb #41aec8d9
+# %% ../../nbs/14_data.patch.ipynb #df6e23b3
 class TileQueue:
     "The tiles of a plan, to be taken one by one in their order."
 
@@ -184,7 +184,7 @@ class TileQueue:
         if self.next != len(self.tiles):
             raise EqError(f"{len(self.tiles) - self.next} of {len(self.tiles)} tiles are missing; the next one is {self.tiles[self.next]}")
 
-# %% ../../nbs/14_data.patch.ipynb #85792ce0
+# %% ../../nbs/14_data.patch.ipynb #a7f7ee02
 class BandStitcher(TileQueue):
     "Blends tiles into bands of finished rows, top to bottom. `add` or `refuse` every tile in the order of the plan."
 
@@ -220,7 +220,7 @@ class BandStitcher(TileQueue):
         self._strip.leave_out()
         return _finished(self, end)
 
-# %% ../../nbs/14_data.patch.ipynb #70a767c9
+# %% ../../nbs/14_data.patch.ipynb #a0ceb5d3
 def _finished(stitcher: BandStitcher, end: int) -> list[Band]:
     strip = stitcher._strip
     if end == strip.y:
@@ -233,7 +233,7 @@ def _finished(stitcher: BandStitcher, end: int) -> list[Band]:
     stitcher._strip.restart(end)
     return [band]
 
-# %% ../../nbs/14_data.patch.ipynb #8483edff
+# %% ../../nbs/14_data.patch.ipynb #05385fab
 def stitch(
     tiles: list[Tile],  # From `plan_tiles`
     predictions: Iterable[np.ndarray | None],  # One for each tile, in order; None for a refused one

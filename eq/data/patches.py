@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PatchPlan', 'choose_patches', 'export_patches']
 
-# %% ../../nbs/14b_data.patches.ipynb #efa50035
+# %% ../../nbs/14b_data.patches.ipynb #aa8de054
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..core.registry import EqError
 from ..core.results import Tile
@@ -20,7 +20,7 @@ from .io import open_image, write_png
 from .mask import read_mask
 from .patch import plan_tiles
 
-# %% ../../nbs/14b_data.patches.ipynb #41babd43
+# %% ../../nbs/14b_data.patches.ipynb #c4dccdbd
 @dataclass(frozen=True)
 class PatchPlan:
     "How a cohort is cut. Raises EqError for shares outside of 0 to 1."
@@ -47,7 +47,7 @@ def choose_patches(
     kept = np.random.default_rng([plan.seed, row]).random(len(tiles)) < plan.background
     return [(t, s) for t, s, k in zip(tiles, shares, kept, strict=True) if s > plan.min_positive or k]
 
-# %% ../../nbs/14b_data.patches.ipynb #ff402ee5
+# %% ../../nbs/14b_data.patches.ipynb #75707783
 def export_patches(
     cohort: Cohort,  # Images with masks
     out: str | Path,  # A new or empty folder

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PILLOW_CODECS', 'COLOURS', 'TRUSTED_TAGS', 'plane_numbers', 'TiffPixels', 'open_tiff']
 
-# %% ../../nbs/10f_data.tiff.ipynb #f0612a75
+# %% ../../nbs/10f_data.tiff.ipynb #28b85c6d
 import logging
 import re
 import threading
@@ -35,7 +35,7 @@ from eq.data.segments import (
     read_segments,
 )
 
-# %% ../../nbs/10f_data.tiff.ipynb #33c0f3a7
+# %% ../../nbs/10f_data.tiff.ipynb #7f2a38d3
 PILLOW_CODECS = (2, 3, 4, 5, 6, 7, 32773)  # fax, LZW, JPEG, PackBits: decoded in one piece where imagecodecs is not installed
 COLOURS = {0: "grey", 1: "grey", 2: "rgb", 3: "palette", 6: "rgb"}  # PhotometricInterpretation, TIFF 6.0
 
@@ -63,7 +63,7 @@ class _Complaints(logging.Filter):
             if "invalid page offset" in text or "corrupted file" in text or (tag and int(tag[1]) in TRUSTED_TAGS):
                 raise EqError(f"{text}; the file is damaged or truncated")
 
-# %% ../../nbs/10f_data.tiff.ipynb #c0e61a0d
+# %% ../../nbs/10f_data.tiff.ipynb #a7155e9e
 @contextmanager
 def _parsing(path: Path) -> Iterator[_Complaints]:
     complaints, log = _Complaints(), logging.getLogger("tifffile")
@@ -76,7 +76,7 @@ def _parsing(path: Path) -> Iterator[_Complaints]:
     finally:
         log.removeFilter(complaints)
 
-# %% ../../nbs/10f_data.tiff.ipynb #51b02b4b
+# %% ../../nbs/10f_data.tiff.ipynb #5a6448f8
 def plane_numbers(
     axes: str,  # Names of the leading axes, for example "TZC"
     counts: tuple[int, ...],  # Their lengths
@@ -86,7 +86,7 @@ def plane_numbers(
     pages = [int(np.ravel_multi_index([c if a == "C" else 0 for a in axes], counts)) if axes else 0 for c in range(channels)]
     return pages, ", ".join(f"{a}=0 of {n}" for a, n in zip(axes, counts, strict=True) if a != "C" and n > 1)
 
-# %% ../../nbs/10f_data.tiff.ipynb #90c94b6e
+# %% ../../nbs/10f_data.tiff.ipynb #29d05d07
 class TiffPixels:
     "Regions of a TIFF. Only the strips or tiles that a region touches are read and decoded."
 
@@ -115,7 +115,7 @@ class TiffPixels:
                 _read_plane(file, (y, x, h, w), target, self, number)
         return out[..., 0] if self.layout.channels == 1 else out
 
-# %% ../../nbs/10f_data.tiff.ipynb #5cb2f413
+# %% ../../nbs/10f_data.tiff.ipynb #addbbe61
 def _read_plane(file: Any, region: Region, target: np.ndarray, pixels: TiffPixels, number: int) -> None:
     plane, page, cache = pixels._planes[number], pixels._page, pixels._cache
     if plane.start is not None:
@@ -123,7 +123,7 @@ def _read_plane(file: Any, region: Region, target: np.ndarray, pixels: TiffPixel
     else:
         read_segments(page, region, target, lambda i: cache.get((number, i), lambda: decode_segment(file, plane, page, i)))
 
-# %% ../../nbs/10f_data.tiff.ipynb #05398670
+# %% ../../nbs/10f_data.tiff.ipynb #61a3e8d5
 def _kind(page: Any, planes: int) -> str:
     samples = page.samplesperpixel
     if page.photometric not in COLOURS:
@@ -137,7 +137,7 @@ def _kind(page: Any, planes: int) -> str:
         return "rgb" if samples == 3 else "rgb+alpha"
     return "grey+alpha" if samples == 2 and page.extrasamples and page.extrasamples[0] in (1, 2) else "channels"
 
-# %% ../../nbs/10f_data.tiff.ipynb #4673320b
+# %% ../../nbs/10f_data.tiff.ipynb #98fb8144
 def _px_size(tif: TiffFile, page: Any) -> tuple[float | None, str]:
     if tif.ome_metadata and "PhysicalSizeX" in tif.ome_metadata:
         return ome_px_size(tif.ome_metadata)
@@ -156,7 +156,7 @@ def _palette(page: Any) -> np.ndarray | None:
     colours = np.asarray(page.colormap)
     return (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8).T.copy()
 
-# %% ../../nbs/10f_data.tiff.ipynb #5c8bceda
+# %% ../../nbs/10f_data.tiff.ipynb #a2655468
 def _planes(series: Any, page: Any) -> tuple[list[Plane], str]:
     lead = len(series.shape) - len(page.shape)
     same = lead >= 0 and tuple(series.shape[lead:]) == tuple(page.shape)
@@ -172,7 +172,7 @@ def _planes(series: Any, page: Any) -> tuple[list[Plane], str]:
         planes.append(Plane(np.array(offsets, np.uint64), np.array(counts, np.uint64), start, tables))
     return planes, note
 
-# %% ../../nbs/10f_data.tiff.ipynb #be81e085
+# %% ../../nbs/10f_data.tiff.ipynb #e50ad66f
 def _needs_pillow(page: Any) -> bool:
     if page.photometric == 6 and page.compression not in (6, 7):
         return True  # tifffile would hand out YCbCr as if it were RGB
@@ -189,7 +189,7 @@ def _pillow_pixels(path: Path, layout: Layout, planes: list[Plane]) -> RasterPix
     check_declared_size(path, layout.height, layout.width)
     return RasterPixels(path, layout, lambda: decode_pil(path, "TIFF"))
 
-# %% ../../nbs/10f_data.tiff.ipynb #b7917d6b
+# %% ../../nbs/10f_data.tiff.ipynb #1b6ce6b7
 def _checked(path: Path, tif: TiffFile, complaints: _Complaints) -> tuple[Any, Layout, list[Plane]]:
     if not tif.series:
         raise EqError("holds no image; the file is damaged or truncated")

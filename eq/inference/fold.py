@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Fold', 'FOLDS', 'TOLERANCE', 'fold_batchnorm', 'merge_upsampling', 'FoldedBlock', 'fold_upsampling', 'folded']
 
-# %% ../../nbs/42b_inference.fold.ipynb #a48e41f4
+# %% ../../nbs/42b_inference.fold.ipynb #3671ce21
 import copy
 from collections.abc import Callable, Iterator
 
@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..core.registry import Registry
 
-# %% ../../nbs/42b_inference.fold.ipynb #3a17ba4c
+# %% ../../nbs/42b_inference.fold.ipynb #b60f0fd0
 Fold = Callable[[nn.Module], int]  # changes a network in place, returns how many places it changed
 FOLDS: Registry[Fold] = Registry("fold")
 
@@ -47,7 +47,7 @@ def fold_batchnorm(
                 count += 1
     return count
 
-# %% ../../nbs/42b_inference.fold.ipynb #1ffccf77
+# %% ../../nbs/42b_inference.fold.ipynb #e64e4282
 _MERGE = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])  # transposed kernel (4) from kernel (3)
 
 
@@ -83,7 +83,7 @@ class FoldedBlock(nn.Module):
             y = y + self.skip(skip_connection)
         return self.rest(y)
 
-# %% ../../nbs/42b_inference.fold.ipynb #bf731dcc
+# %% ../../nbs/42b_inference.fold.ipynb #e24ea2d8
 def _foldable(block: nn.Module) -> bool:
     "A block as smp.Unet builds it: nearest upsampling, no attention, convolution then ReLU, batch normalisation folded already."
     if not isinstance(block, UnetDecoderBlock) or block.interpolation_mode != "nearest":
@@ -115,7 +115,7 @@ def _encoder_channels(model: nn.Module) -> int:
     "Channels of the deepest features."
     return int(model.get_submodule("encoder").out_channels[-1])  # type: ignore[index, arg-type]
 
-# %% ../../nbs/42b_inference.fold.ipynb #e2c50e6d
+# %% ../../nbs/42b_inference.fold.ipynb #bdec0c82
 TOLERANCE = 1e-3  # largest difference of logits, as a share of their largest magnitude; folding itself costs about 1e-5
 
 

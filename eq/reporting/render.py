@@ -7,7 +7,7 @@ __all__ = ['Picture', 'MAGIC', 'STYLE', 'PRINT_STYLE', 'PAGE', 'ROWS', 'Stat', '
            'image_bytes', 'data_uri', 'cell_text', 'column_text', 'table_cells', 'interval_text', 'render_table',
            'render_report', 'write_report']
 
-# %% ../../nbs/62_reporting.render.ipynb #65e292d0
+# %% ../../nbs/62_reporting.render.ipynb #d73bff53
 import base64
 import io
 import numbers
@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jinja2 import Environment
-from matplotlib.figure import Figure as Canvas
 from markupsafe import Markup
+from matplotlib.figure import Figure as Canvas
 from PIL import Image as PilImage
 
 from ..core.files import write_text
 from ..core.registry import EqError
 from ..core.results import Interval
 
-# %% ../../nbs/62_reporting.render.ipynb #58e58c64
+# %% ../../nbs/62_reporting.render.ipynb #16a669a8
 Picture = bytes | str | Path | np.ndarray | Canvas  # whatever a report can show
 
 
@@ -58,7 +58,11 @@ class Figure:
     caption: str = ""  # What to see in it; also its alternative text
     wide: bool = True  # Full width; figures that are not stand side by side
 
-# %% ../../nbs/62_reporting.render.ipynb #40871dc9
+    def _repr_png_(self) -> bytes:
+        "What a notebook shows."
+        return image_bytes(self.image)
+
+# %% ../../nbs/62_reporting.render.ipynb #e5e8a830
 @dataclass(frozen=True)
 class Section:
     "One part of a report."
@@ -82,7 +86,7 @@ class Report:
     facts: Mapping[str, str] = field(default_factory=dict)  # Name -> value: versions, parameters, command
     banner: str = ""  # Said above everything, for example that images are synthetic
 
-# %% ../../nbs/62_reporting.render.ipynb #42076519
+# %% ../../nbs/62_reporting.render.ipynb #802ab445
 MAGIC = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}  # first bytes -> media type
 
 
@@ -116,7 +120,7 @@ def data_uri(
         raise EqError(f"a figure must be PNG or JPEG; its first bytes are {raw[:8]!r}")
     return f"data:{kind};base64,{base64.b64encode(raw).decode()}"
 
-# %% ../../nbs/62_reporting.render.ipynb #b57250c4
+# %% ../../nbs/62_reporting.render.ipynb #11478c16
 def cell_text(
     value: Any,  # A table cell
 ) -> str:  # What is printed
@@ -164,7 +168,7 @@ def interval_text(
     low, high = (f"{end:.2f}" if abs(end) < 10 else cell_text(end) for end in (interval.low, interval.high))
     return f"{100 * interval.level:g} % interval {low} to {high}{count}"
 
-# %% ../../nbs/62_reporting.render.ipynb #5cd67850
+# %% ../../nbs/62_reporting.render.ipynb #d2905238
 STYLE = """
 :root{--ink:#1d2430;--soft:#5b6675;--line:#dfe4ea;--paper:#fff;--tint:#f5f7f9;--accent:#23527c;--good:#1b7f4b;--bad:#b3261e}
 *{box-sizing:border-box}
@@ -194,7 +198,7 @@ th.r,td.r{text-align:right;padding-right:28px}tr{break-inside:avoid}
 .checks li.no::before{content:"\\2717";color:var(--bad)}.checks li.no{color:var(--bad)}.checks small{color:var(--soft);display:block}
 """
 
-# %% ../../nbs/62_reporting.render.ipynb #2789c2ca
+# %% ../../nbs/62_reporting.render.ipynb #20eba5df
 PRINT_STYLE = """
 details{margin-top:10px}summary{cursor:pointer;color:var(--accent);font-size:14px}
 .mono td{font-size:12.5px;word-break:break-all}.mono td:last-child{font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;color:var(--soft)}
@@ -228,7 +232,7 @@ PAGE = """<!DOCTYPE html>
 <footer>Made by eq. This file needs no other file and loads nothing.</footer></main></body></html>
 """
 
-# %% ../../nbs/62_reporting.render.ipynb #d09d2fa5
+# %% ../../nbs/62_reporting.render.ipynb #5c84f7de
 ROWS = """<div class="scroll"><table><thead><tr>{% for name, right in head %}<th{% if right %} class="r"{% endif %}>{{ name }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in cells %}<tr>{% for text, right in row %}<td{% if right %} class="r"{% endif %}>{{ text }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>"""

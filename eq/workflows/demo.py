@@ -6,11 +6,11 @@
 __all__ = ['SECTIONS', 'EM_SCALE', 'DemoPlan', 'demo_plan', 'paint_images', 'threshold_scores', 'threshold_picture', 'train_both',
            'demo_checks', 'against_threshold', 'demo_outcome', 'run_demo', 'command']
 
-# %% ../../nbs/71_workflows.demo.ipynb #ad88aadd
+# %% ../../nbs/71_workflows.demo.ipynb #c90f6a4c
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -33,7 +33,7 @@ from ..reporting.render import Check, Figure, Section, Stat
 from .outcome import Outcome, outlined, telling_images, write_outcome
 from .train import TrainRequest, train_segmentation
 
-# %% ../../nbs/71_workflows.demo.ipynb #2e6795cf
+# %% ../../nbs/71_workflows.demo.ipynb #9a51b23e
 @dataclass(frozen=True)
 class DemoPlan:
     "What the demo paints, how long it trains and what it demands."
@@ -54,12 +54,12 @@ class DemoPlan:
 
 def demo_plan(
     **given: float | int | None,  # Fields of DemoPlan; None takes the value of params.yaml
-) -> DemoPlan:
+) -> DemoPlan:  # Checked
     "The plan of params.yaml with what was given instead."
-    defaults = load_config().demo.model_dump()
-    return DemoPlan(**(defaults | {k: v for k, v in given.items() if v is not None}))
+    values: dict[str, Any] = load_config().demo.model_dump() | {k: v for k, v in given.items() if v is not None}
+    return DemoPlan(**values)
 
-# %% ../../nbs/71_workflows.demo.ipynb #27bbb15f
+# %% ../../nbs/71_workflows.demo.ipynb #3038831b
 SECTIONS = 12  # EM sections, the size of the registered synthetic source
 EM_SCALE = 1.0  # painted at the resolution that real sections have after halving
 
@@ -73,7 +73,7 @@ def paint_images(
     kidney = write_kidney_cohort(folder / "images" / "kidney", n_animals=plan.animals, seed=plan.seed, size=plan.size)
     return load_cohort(em), load_cohort(kidney)
 
-# %% ../../nbs/71_workflows.demo.ipynb #9ae0592c
+# %% ../../nbs/71_workflows.demo.ipynb #19e70eb2
 def threshold_scores(
     train: Cohort,  # The channel is chosen here
     test: Cohort,  # And scored here
@@ -94,7 +94,7 @@ def threshold_picture(
     shown = draw_outlines(sample.image, np.asarray(sample.mask > 0, np.int32), TRUTH, 2)
     return draw_outlines(shown, np.asarray(otsu.predict(sample.image), np.int32), (0, 229, 255), 2)
 
-# %% ../../nbs/71_workflows.demo.ipynb #91048f43
+# %% ../../nbs/71_workflows.demo.ipynb #0b5f1684
 def train_both(
     folder: Path,  # Of the run
     em: Cohort,  # Sections with mitochondria
@@ -167,7 +167,7 @@ def run_demo(
         run.add_metrics({**scores, **outcome.metrics, "checks": {c.what: c.passed for c in outcome.checks}})
     return report, outcome.checks
 
-# %% ../../nbs/71_workflows.demo.ipynb #e18c176f
+# %% ../../nbs/71_workflows.demo.ipynb #1f3d54ff
 def command(
     out: Annotated[Path | None, typer.Option(help="folder of the run; default a new one below outputs/")] = None,  # Folder of the run
     mito_minutes: Annotated[float | None, typer.Option(help="training on EM sections [params.yaml: demo.mito_minutes]")] = None,  # Minutes

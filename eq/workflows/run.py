@@ -6,7 +6,7 @@
 __all__ = ['app', 'runs_folder', 'find_notebook', 'notebook_parameters', 'read_parameters', 'execute_into', 'run_notebook',
            'PairCommand', 'command']
 
-# %% ../../nbs/76_workflows.run.ipynb #1b0c5bc1
+# %% ../../nbs/76_workflows.run.ipynb #7e396afe
 import ast
 import json
 import sys
@@ -21,7 +21,7 @@ from typer.core import TyperCommand
 from ..core.paths import find_repo
 from ..core.registry import EqError, unknown_name
 
-# %% ../../nbs/76_workflows.run.ipynb #106ec057
+# %% ../../nbs/76_workflows.run.ipynb #ad3b2f6e
 def runs_folder() -> Path:  # nbs/runs of this checkout
     "Where run notebooks are. Raises EqError outside a checkout."
     repo = find_repo()
@@ -40,7 +40,7 @@ def find_notebook(
         raise unknown_name("run notebook", name, list(found))
     return found[name]
 
-# %% ../../nbs/76_workflows.run.ipynb #6aa82017
+# %% ../../nbs/76_workflows.run.ipynb #a19ccdfe
 def notebook_parameters(
     notebook: Path,  # A notebook with one cell tagged `parameters`
 ) -> dict[str, Any]:  # Name -> default, in the order of the cell
@@ -83,7 +83,7 @@ def read_parameters(
         found[name] = _typed(name, text, defaults[name])
     return found
 
-# %% ../../nbs/76_workflows.run.ipynb #3bb1410a
+# %% ../../nbs/76_workflows.run.ipynb #9e153f2b
 def execute_into(
     notebook: Path,  # A notebook with one cell tagged `parameters`
     parameters: Mapping[str, Any],  # Overrides of its defaults
@@ -125,7 +125,7 @@ def run_notebook(
             run.add_metrics(json.loads(metrics.read_text(encoding="utf-8")))
     return run.dir
 
-# %% ../../nbs/76_workflows.run.ipynb #d3edbafa
+# %% ../../nbs/76_workflows.run.ipynb #f1291cc9
 class PairCommand(TyperCommand):
     "A command whose `-p key value` is read as `-p key=value`."
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['command']
 
-# %% ../../nbs/79a_workflows.verify.ipynb #81b0db44
+# %% ../../nbs/79a_workflows.verify.ipynb #a10af22e
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +13,7 @@ import typer
 
 from ..core.provenance import verify_run
 
-# %% ../../nbs/79a_workflows.verify.ipynb #6a89d630
+# %% ../../nbs/79a_workflows.verify.ipynb #db9cebce
 def command(
     run: Annotated[Path, typer.Argument(help="folder of a run, with its manifest.json")],  # Folder of a run
 ) -> None:
