@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['Fold', 'FOLDS', 'TOLERANCE', 'fold_batchnorm', 'merge_upsampling', 'FoldedBlock', 'fold_upsampling', 'folded']
 
-# %% ../../nbs/42b_inference.fold.ipynb #3671ce21
+# %% ../../nbs/42b_inference.fold.ipynb #215e4431
 import copy
 from collections.abc import Callable, Iterator
 
 import torch
 from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..core.registry import Registry
 
-# %% ../../nbs/42b_inference.fold.ipynb #b60f0fd0
+# %% ../../nbs/42b_inference.fold.ipynb #3301203b
 Fold = Callable[[nn.Module], int]  # changes a network in place, returns how many places it changed
 FOLDS: Registry[Fold] = Registry("fold")
 
@@ -47,7 +46,7 @@ def fold_batchnorm(
                 count += 1
     return count
 
-# %% ../../nbs/42b_inference.fold.ipynb #e64e4282
+# %% ../../nbs/42b_inference.fold.ipynb #7a4c81d9
 _MERGE = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])  # transposed kernel (4) from kernel (3)
 
 
@@ -83,7 +82,7 @@ class FoldedBlock(nn.Module):
             y = y + self.skip(skip_connection)
         return self.rest(y)
 
-# %% ../../nbs/42b_inference.fold.ipynb #e24ea2d8
+# %% ../../nbs/42b_inference.fold.ipynb #6083c2fc
 def _foldable(block: nn.Module) -> bool:
     "A block as smp.Unet builds it: nearest upsampling, no attention, convolution then ReLU, batch normalisation folded already."
     if not isinstance(block, UnetDecoderBlock) or block.interpolation_mode != "nearest":
@@ -115,7 +114,7 @@ def _encoder_channels(model: nn.Module) -> int:
     "Channels of the deepest features."
     return int(model.get_submodule("encoder").out_channels[-1])  # type: ignore[index, arg-type]
 
-# %% ../../nbs/42b_inference.fold.ipynb #bdec0c82
+# %% ../../nbs/42b_inference.fold.ipynb #65bc6747
 TOLERANCE = 1e-3  # largest difference of logits, as a share of their largest magnitude; folding itself costs about 1e-5
 
 
