@@ -26,6 +26,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -218,6 +219,7 @@ def main() -> None:
         raise SystemExit(f"peer_nnunet: {args.out} is not empty; give a new folder")
     os.environ.update({"OMP_NUM_THREADS": str(args.threads), "nnUNet_n_proc_DA": str(args.threads),
                        "nnUNet_def_n_proc": str(args.threads), "nnUNet_compile": "f", "nnUNet_wandb_enabled": "0"})
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the copies of the images below go whatever ends the run
     work = Path(tempfile.mkdtemp(prefix="eq-nnunet-"))
     try:
         report = run(args, cases, work)
