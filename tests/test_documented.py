@@ -33,9 +33,10 @@ def is_property(function: ast.FunctionDef) -> bool:
 
 
 def noted(nodes: list, notes: dict[int, str]) -> set[str]:
-    "Parameters of these functions that have a comment."
+    "Parameters of these functions that have a comment, or a help text."
     everything = [a for f in nodes for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs, f.args.vararg, f.args.kwarg) if a]
-    return {a.arg for a in everything if any(line in notes for line in range(a.lineno, (a.end_lineno or a.lineno) + 1))}
+    helped = {a.arg for a in everything if a.annotation is not None and "help=" in ast.unparse(a.annotation)}  # an option of the command line
+    return helped | {a.arg for a in everything if any(line in notes for line in range(a.lineno, (a.end_lineno or a.lineno) + 1))}
 
 
 def faults(owner: ast.ClassDef | None, function: ast.FunctionDef, notes: dict[int, str]) -> list[str]:

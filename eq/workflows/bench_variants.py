@@ -6,7 +6,7 @@
 __all__ = ['Predictor', 'VARIANTS', 'ORDER', 'Case', 'eq_default', 'eq_quarter', 'eq_equal_crops', 'classic', 'otsu',
            'background', 'nnunet']
 
-# %% ../../nbs/77c_workflows.bench_variants.ipynb #3362f782
+# %% ../../nbs/77c_workflows.bench_variants.ipynb #15367bad
 import json
 import subprocess
 import sys
@@ -29,7 +29,7 @@ from ..models.otsu import choose_otsu
 from ..training.classic import ClassicOptions, fit_classic
 from .train import TrainRequest, train_segmentation
 
-# %% ../../nbs/77c_workflows.bench_variants.ipynb #7154498c
+# %% ../../nbs/77c_workflows.bench_variants.ipynb #f2a3665c
 @dataclass
 class Case:
     "One split and seed, and what the variants measured on it so far."
@@ -63,7 +63,7 @@ def _eq(case: Case, variant: str, **values: Any) -> Predictor:  # From a picture
     segmenter = Segmenter.from_checkpoint(result.folder)
     return lambda rgb: predict_labels(segmenter, rgb)
 
-# %% ../../nbs/77c_workflows.bench_variants.ipynb #f87e3ee0
+# %% ../../nbs/77c_workflows.bench_variants.ipynb #b5902dc8
 @VARIANTS.register("eq")
 def eq_default(
     case: Case,  # What to train on
@@ -102,7 +102,7 @@ def classic(
     small = case.small()
     return lambda rgb: label_objects(trained.probability(rgb) >= trained.threshold, small)
 
-# %% ../../nbs/77c_workflows.bench_variants.ipynb #f06a8463
+# %% ../../nbs/77c_workflows.bench_variants.ipynb #f881eddc
 @VARIANTS.register("otsu")
 def otsu(
     case: Case,  # What to choose the channel on
@@ -149,4 +149,4 @@ def nnunet(
     images = load_samples(case.split.test, 1.0, quiet=True)
     maps = {i.image.tobytes(): p for i, p in zip(images, sorted((out / "probabilities").glob("test_*.npy")), strict=True)}
     small = case.small()
-    return lambda rgb: label_objects(np.load(maps[rgb.tobytes()]) >= 0.5, small)
+    return lambda rgb: label_objects(np.lib.format.open_memmap(maps[rgb.tobytes()], mode="r") >= 0.5, small)

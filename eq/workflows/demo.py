@@ -6,7 +6,7 @@
 __all__ = ['SECTIONS', 'DemoPlan', 'demo_plan', 'paint_images', 'threshold_scores', 'threshold_picture', 'train_both',
            'demo_checks', 'against_threshold', 'demo_outcome', 'run_demo', 'command']
 
-# %% ../../nbs/71_workflows.demo.ipynb #fbfcc92a
+# %% ../../nbs/71_workflows.demo.ipynb #a4ba1eb6
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -33,7 +33,7 @@ from ..reporting.render import Check, Figure, Section, Stat
 from .outcome import Outcome, outlined, telling_images, write_outcome
 from .train import TrainRequest, train_segmentation
 
-# %% ../../nbs/71_workflows.demo.ipynb #2c83e07b
+# %% ../../nbs/71_workflows.demo.ipynb #bd6ab4b9
 @dataclass(frozen=True)
 class DemoPlan:
     "What the demo paints, how long it trains and what it demands."
@@ -59,7 +59,7 @@ def demo_plan(
     values: dict[str, Any] = load_config().demo.model_dump() | {k: v for k, v in given.items() if v is not None}
     return DemoPlan(**values)
 
-# %% ../../nbs/71_workflows.demo.ipynb #23634242
+# %% ../../nbs/71_workflows.demo.ipynb #7c5afb78
 SECTIONS = 12  # EM sections, the size of the registered synthetic source
 
 
@@ -72,7 +72,7 @@ def paint_images(
     kidney = write_kidney_cohort(folder / "images" / "kidney", n_animals=plan.animals, seed=plan.seed, size=plan.size)
     return load_cohort(em), load_cohort(kidney)
 
-# %% ../../nbs/71_workflows.demo.ipynb #c8cf8aef
+# %% ../../nbs/71_workflows.demo.ipynb #ebd5e3e1
 def threshold_scores(
     train: Cohort,  # The channel is chosen here
     test: Cohort,  # And scored here
@@ -93,7 +93,7 @@ def threshold_picture(
     shown = draw_outlines(sample.image, np.asarray(sample.mask > 0, np.int32), TRUTH, 2)
     return draw_outlines(shown, np.asarray(otsu.predict(sample.image), np.int32), (0, 229, 255), 2)
 
-# %% ../../nbs/71_workflows.demo.ipynb #dac3f977
+# %% ../../nbs/71_workflows.demo.ipynb #3f0325ea
 def train_both(
     folder: Path,  # Of the run
     em: Cohort,  # Sections with mitochondria
@@ -112,7 +112,7 @@ def demo_checks(
     dice: float,  # Of the network on unseen animals
     rival: float,  # Of the threshold on the same images
     bar: float,  # What is demanded
-) -> tuple[Check, ...]:
+) -> tuple[Check, ...]:  # One for each demand
     "What has to hold."
     return (
         Check(f"Dice on unseen animals is at least {bar:.2f}", dice >= bar, f"{dice:.3f}"),
@@ -166,7 +166,7 @@ def run_demo(
         run.add_metrics({**scores, **outcome.metrics, "checks": {c.what: c.passed for c in outcome.checks}})
     return report, outcome.checks
 
-# %% ../../nbs/71_workflows.demo.ipynb #4a61e688
+# %% ../../nbs/71_workflows.demo.ipynb #d6a6d15b
 def command(
     out: Annotated[Path | None, typer.Option(help="folder of the run; default a new one below outputs/")] = None,  # Folder of the run
     mito_minutes: Annotated[float | None, typer.Option(help="training on EM sections [params.yaml: demo.mito_minutes]")] = None,  # Minutes

@@ -7,7 +7,7 @@ __all__ = ['NOUNS', 'SYNTHETIC', 'UNITS', 'Outcome', 'telling_images', 'outlined
            'outcome_metrics', 'training_section', 'score_section', 'object_table', 'object_section', 'outcome_report',
            'write_outcome']
 
-# %% ../../nbs/78_workflows.outcome.ipynb #7c1f5508
+# %% ../../nbs/78_workflows.outcome.ipynb #d121abb3
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..quantification.instances import ArrayLabels
 from ..reporting.overlay import contact_sheet, overlay
 from ..reporting.render import Check, Figure, Report, Section, Stat, interval_text, write_report
 
-# %% ../../nbs/78_workflows.outcome.ipynb #79286572
+# %% ../../nbs/78_workflows.outcome.ipynb #e59636c4
 NOUNS = {"mito": "mitochondria", "glom": "glomeruli"}  # task, and what a reader calls what it finds
 
 
@@ -53,7 +53,7 @@ class Outcome:
         "What was looked for."
         return NOUNS.get(self.segmenter.meta.task, self.segmenter.meta.task)
 
-# %% ../../nbs/78_workflows.outcome.ipynb #6a8270f7
+# %% ../../nbs/78_workflows.outcome.ipynb #aa3d1bef
 def telling_images(
     evaluation: Evaluation,  # At least one scored image
 ) -> dict[str, int]:  # "worst", "median", "best" -> position in `evaluation.images`; fewer where images are few
@@ -86,7 +86,7 @@ def example_figure(
     titles = [f"{name}: {Path(s.image).stem}, Dice {s.pixel.dice:.2f}" for name, s in shown.items()]
     return Figure(contact_sheet(pictures, titles, columns=3, width=11.0), "Blue: found. Amber: the truth. Images that training never saw, by Dice.")
 
-# %% ../../nbs/78_workflows.outcome.ipynb #b1f2e0cf
+# %% ../../nbs/78_workflows.outcome.ipynb #85c28d5f
 SYNTHETIC = "Synthetic images, painted by eq: they show that the way from image to number works, and are evidence of nothing else."
 UNITS = {"subject": "animals", "block": "blocks", "section": "sections", "image": "images", "group": "groups"}
 
@@ -145,7 +145,7 @@ def score_section(
     failed = "".join(f"\n\nNot scored: {Path(image).name}: {why}" for image, why in evaluation.failed.items())
     return Section("Each image", f"Distances in pixels of the original image.{failed}", table=table.loc[:, [c for c in columns if c in table]])
 
-# %% ../../nbs/78_workflows.outcome.ipynb #9a92ec7a
+# %% ../../nbs/78_workflows.outcome.ipynb #b59694de
 def object_table(
     predictions: str | Path,  # Folder of `eq predict`: summary.csv and one folder an image
     cohort: Cohort,  # Says which unit an image belongs to
@@ -181,9 +181,9 @@ def object_section(
     table = objects.groupby(unit, sort=True).agg(images=("image", "nunique"), objects=("label", "size")).reset_index()
     sizes = whole.groupby(unit)[area].agg(**{"whole objects": "size", f"median {area}": "median"})
     text = f"{len(objects)} {noun}, {len(whole)} of them whole." + ("" if area == "area_um2" else " The pixel size is unknown, so areas are in px2.")
-    return Section("Objects", text, table=table.merge(sizes, left_on=unit, right_index=True, how="left"))
+    return Section("Objects", text, table=table.merge(sizes, left_on=unit, right_index=True, how="left").astype({"whole objects": "Int64"}))
 
-# %% ../../nbs/78_workflows.outcome.ipynb #79e35197
+# %% ../../nbs/78_workflows.outcome.ipynb #2b8a4f47
 def outcome_report(
     outcome: Outcome,  # What was found
 ) -> Report:  # The answer first
