@@ -9,7 +9,7 @@ find_python() {  # 3.11 first: it is what requirements.lock was tested on
   for candidate in ${EQ_PYTHON:-} python3.11 python3.12 python3.13 python3 python; do
     if command -v "$candidate" >/dev/null 2>&1 && "$candidate" -c "$recent" >/dev/null 2>&1; then echo "$candidate"; return; fi
   done
-  echo "eq needs Python >= 3.11 with the venv module; found: $(python3 --version 2>&1 || echo none). Install one (Debian: apt-get install python3 python3-venv) or name it: make install EQ_PYTHON=/path/to/python3.11" >&2
+  echo "eq needs Python >= 3.11 with the venv module; found: $(python3 --version 2>&1 | head -n 1). Install one (Debian: apt-get install python3 python3-venv) or name it: make install EQ_PYTHON=/path/to/python3.11" >&2
   return 1
 }
 
