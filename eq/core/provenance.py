@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'LOG', 'Record', 'Run', 'start_run', 'BrokenLink', 'Verification', 'verify_run']
 
-# %% ../../nbs/06_core.provenance.ipynb #d67b40d4
+# %% ../../nbs/06_core.provenance.ipynb #db472363
 import json
 import shlex
 import shutil
@@ -21,7 +21,7 @@ from .logs import Logger, read_log
 from .paths import data_root, find_repo, new_run_dir
 from .registry import EqError
 
-# %% ../../nbs/06_core.provenance.ipynb #1f31451d
+# %% ../../nbs/06_core.provenance.ipynb #7aed0ea7
 MANIFEST = "manifest.json"  # written last; a folder without it is not a finished run
 LOG = "log.jsonl"  # what happened, one JSON object a line
 
@@ -48,7 +48,7 @@ def _find_input(entry: dict[str, Any], run_dir: Path) -> Path:
     here = root / entry["relative"] if root else None
     return here if here and here.exists() else Path(entry["path"])
 
-# %% ../../nbs/06_core.provenance.ipynb #d610ec98
+# %% ../../nbs/06_core.provenance.ipynb #19b84eb3
 def _seal(manifest: dict[str, Any]) -> str:
     "SHA-256 of a manifest without its seal, keys sorted."
     content = {k: v for k, v in manifest.items() if k != "seal"}
@@ -65,7 +65,7 @@ def _command() -> str:
     program = Path(sys.argv[0]).name
     return "(notebook)" if "kernel" in program else shlex.join([program, *sys.argv[1:]])
 
-# %% ../../nbs/06_core.provenance.ipynb #998d3062
+# %% ../../nbs/06_core.provenance.ipynb #b544e523
 class Record:
     "What is known about a run so far."
 
@@ -99,7 +99,7 @@ class Record:
         "Note results; they end up in the manifest."
         self.metrics |= plain(metrics)
 
-# %% ../../nbs/06_core.provenance.ipynb #58d210fa
+# %% ../../nbs/06_core.provenance.ipynb #a0b9b866
 def _manifest(run: Record, error: str | None) -> dict[str, Any]:
     "Everything about a run and the files in its folder, sealed."
     made = [p for p in list_files(run.dir) if p != run.dir / MANIFEST]
@@ -130,7 +130,7 @@ class Run(Record):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         _close(self, error)
 
-# %% ../../nbs/06_core.provenance.ipynb #9a9d9a3b
+# %% ../../nbs/06_core.provenance.ipynb #d979e316
 def _close(run: Run, error: BaseException | None) -> None:
     "Finish a run with the status that its error asks for."
     well = error is None or (isinstance(error, SystemExit) and error.code in (None, 0))
@@ -146,7 +146,7 @@ def _close(run: Run, error: BaseException | None) -> None:
             raise
         error.add_note(f"and the manifest could not be written: {e}")
 
-# %% ../../nbs/06_core.provenance.ipynb #adce557b
+# %% ../../nbs/06_core.provenance.ipynb #73584a0e
 def _resume_dir(name: str, folder: Path) -> Path:
     "Check that a folder was begun by a run of this name."
     began = [r for r in read_log(folder / LOG) if r["message"] == "run started"] if (folder / LOG).is_file() else []
@@ -155,13 +155,13 @@ def _resume_dir(name: str, folder: Path) -> Path:
         raise EqError(f"cannot resume {name!r} in {folder}: {was} began there; give the folder of the run to resume")
     (folder / MANIFEST).unlink(missing_ok=True)
     for half_written in list(folder.rglob(f"{TEMP_PREFIX}*")):
-        shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink(missing_ok=True)
+        shutil.rmtree(half_written) if half_written.is_dir() and not half_written.is_symlink() else half_written.unlink(missing_ok=True)
     text = (folder / LOG).read_text(encoding="utf-8", errors="replace")
     if not text.endswith("\n"):  # killed in the middle of a line: the next one must not be glued to it
         (folder / LOG).write_text(text[: text.rfind("\n") + 1], encoding="utf-8", newline="\n")
     return folder
 
-# %% ../../nbs/06_core.provenance.ipynb #bcf7b547
+# %% ../../nbs/06_core.provenance.ipynb #1aedc1bd
 def start_run(
     name: str,  # What runs, for example "predict"
     out: str | Path | None = None,  # New or empty folder; default is <outputs>/<time>-<name>
@@ -176,7 +176,7 @@ def start_run(
     run.log.debug("run started", run=name, resumed=going_on, command=run.command)
     return run
 
-# %% ../../nbs/06_core.provenance.ipynb #03c9850a
+# %% ../../nbs/06_core.provenance.ipynb #11cbb9c9
 class BrokenLink(NamedTuple):
     "A hash that is not what the manifest says."
 
@@ -196,7 +196,7 @@ class Verification(NamedTuple):
     broken: list[BrokenLink]  # First broken link first
     notes: list[str]  # What is not an error but worth knowing
 
-# %% ../../nbs/06_core.provenance.ipynb #cc2f9dec
+# %% ../../nbs/06_core.provenance.ipynb #99af94a0
 def _check(what: str, path: Path, expected: str) -> BrokenLink | None:
     "Recompute one hash."
     try:
@@ -215,7 +215,7 @@ def _notes(manifest: dict[str, Any], folder: Path) -> list[str]:
     extra = [p.relative_to(folder).as_posix() for p in list_files(folder)]
     return notes + [f"not in the manifest: {name}" for name in extra if name not in listed and name != MANIFEST]
 
-# %% ../../nbs/06_core.provenance.ipynb #3be1a83c
+# %% ../../nbs/06_core.provenance.ipynb #27cc0939
 def verify_run(
     folder: str | Path,  # A run folder
 ) -> Verification:  # ok, checked, broken, notes

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FitOptions', 'channel_stats', 'Fit', 'end_epoch', 'FitResult', 'fit_segment']
 
-# %% ../../nbs/36_training.fit_segment.ipynb #97fc80c0
+# %% ../../nbs/36_training.fit_segment.ipynb #a20e119d
 # fastai builds much of itself at run time, where a type checker cannot follow
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ from .loss import LOSSES
 from .state import Progress, Trainee, load_state, save_state
 from .validate import Eye, Validation, validate
 
-# %% ../../nbs/36_training.fit_segment.ipynb #ffe92bf3
+# %% ../../nbs/36_training.fit_segment.ipynb #30552ddd
 @dataclass(frozen=True)
 class FitOptions:
     "How a segmentation network is fitted."
@@ -66,7 +66,7 @@ class FitOptions:
         if self.keep not in ("best", "last"):
             raise EqError(f"keep = {self.keep!r}; valid: 'best' or 'last'")
 
-# %% ../../nbs/36_training.fit_segment.ipynb #eaf06646
+# %% ../../nbs/36_training.fit_segment.ipynb #39cb328f
 def channel_stats(
     samples: Sequence[Sample],  # Training images
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:  # Mean and standard deviation per channel, on the 0-1 scale
@@ -74,7 +74,7 @@ def channel_stats(
     pixels = np.concatenate([s.image.reshape(-1, s.image.shape[-1])[::7] for s in samples]).astype(np.float64) / 255
     return tuple(pixels.mean(0).round(6).tolist()), tuple(np.maximum(pixels.std(0), 1 / 255).round(6).tolist())
 
-# %% ../../nbs/36_training.fit_segment.ipynb #b55ff7e9
+# %% ../../nbs/36_training.fit_segment.ipynb #2b96f305
 class Fit:
     "A training run in a folder. Use `fit_segment`."
 
@@ -134,7 +134,7 @@ class Fit:
         found = {"validation_dice": score.dice, "step": self.clock.step, "seconds": self.clock.seconds(), **metrics}
         return replace(self.meta, threshold=score.threshold, tta=score.tta, metrics=found)
 
-# %% ../../nbs/36_training.fit_segment.ipynb #8bd278c5
+# %% ../../nbs/36_training.fit_segment.ipynb #0853c46c
 def end_epoch(
     fit: Fit,  # The run
     loss: float,  # Mean training loss of the epoch
@@ -160,7 +160,7 @@ def end_epoch(
     fit.stream.start = clock.step * fit.options.batch_size
     return finished
 
-# %% ../../nbs/36_training.fit_segment.ipynb #81422a69
+# %% ../../nbs/36_training.fit_segment.ipynb #d4d9bf64
 @dataclass(frozen=True)
 class FitResult:
     "What a training run leaves behind."
@@ -184,6 +184,8 @@ def _run(fit: Fit) -> None:
     try:
         fit.learn.fit(epochs, cbs=cbs)
         return
+    except EqError as error:  # fastai puts its own words in front of what a callback raises
+        raise EqError(str(error).split(":\n\t", 1)[-1]) from error
     except RuntimeError as error:
         if not is_out_of_memory(error) or options.batch_size == 1:
             raise

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['VERBS', 'Verb', 'add_verb', 'epilog', 'load_verb', 'overview', 'run_verb', 'main']
 
-# %% ../../nbs/70_workflows.cli.ipynb #63be94c2
+# %% ../../nbs/70_workflows.cli.ipynb #43a8c3d6
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from typer.main import get_command
 
 from ..core.registry import EqError, Registry
 
-# %% ../../nbs/70_workflows.cli.ipynb #0a871005
+# %% ../../nbs/70_workflows.cli.ipynb #f817b910
 @dataclass(frozen=True)
 class Verb:
     "A verb of the command, not yet loaded."
@@ -41,7 +42,7 @@ def add_verb(
     "Register a verb. Raises EqError when the name is taken."
     VERBS.register(name)(Verb(module, summary, examples))
 
-# %% ../../nbs/70_workflows.cli.ipynb #00e727da
+# %% ../../nbs/70_workflows.cli.ipynb #9615f7e9
 add_verb("demo", "eq.workflows.demo", "Train and test on synthetic images, from nothing to a report.", "eq demo", "eq demo --out outputs/demo --seed 1")
 add_verb(
     "data", "eq.workflows.data", "List, show and organise sources of images; join score sheets.",
@@ -63,7 +64,7 @@ add_verb("run", "eq.workflows.run", "Execute a run notebook with parameters.", "
 add_verb("bench", "eq.workflows.bench", "Measure side by side with peers.", "eq bench em", "eq bench tiles")
 add_verb("verify", "eq.workflows.verify", "Check a run's files against its manifest.", "eq verify outputs/demo")
 
-# %% ../../nbs/70_workflows.cli.ipynb #9b8d6dc1
+# %% ../../nbs/70_workflows.cli.ipynb #55d9437d
 def epilog(
     examples: tuple[str, ...],  # Commands as typed
 ) -> str:  # Text for the end of a help page
@@ -95,7 +96,7 @@ def overview() -> Any:  # The click command that prints `eq --help`
         app.command(name, help=VERBS[name].summary)(lambda: None)
     return get_command(app)
 
-# %% ../../nbs/70_workflows.cli.ipynb #6a25e39d
+# %% ../../nbs/70_workflows.cli.ipynb #6ef12487
 def run_verb(
     args: list[str],  # What was typed after `eq`
 ) -> int:  # Exit code
@@ -116,6 +117,7 @@ def main(
     "The `eq` command. What a user can cause ends in one line, not in a traceback."
     args = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for a newer version
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)  # fastai imports it
     code, said = 0, ""
     try:
         code = run_verb(args)
