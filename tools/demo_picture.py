@@ -2,6 +2,8 @@
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 from eq.core.files import atomic_write
 from eq.data.cohort import load_cohort
 from eq.data.io import open_image
@@ -27,6 +29,9 @@ def main() -> int:
     sheet = contact_sheet([open_image(chosen.image).rgb(), outlined(segmenter, row)], titles, columns=2, width=10.0)
     with atomic_write(ROOT / "nbs" / "images" / "demo.png") as temp:
         sheet.savefig(temp, format="png", dpi=110)
+        with Image.open(temp) as picture:
+            small = picture.convert("RGB").quantize(256)
+        small.save(temp, format="PNG", optimize=True)
     print(f"nbs/images/demo.png written from {chosen.image}")
     return 0
 

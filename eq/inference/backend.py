@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Tiles', 'Maps', 'MULTIPLE', 'Builder', 'BACKENDS', 'BYTES_PER_PX', 'PREFERENCE', 'Network', 'PixelNet', 'pad_tile',
-           'TorchNetwork', 'OpenvinoNetwork', 'compile_openvino', 'pick_backend', 'averaged']
+           'TorchNetwork', 'OpenvinoNetwork', 'trace_openvino', 'compile_openvino', 'pick_backend', 'averaged']
 
-# %% ../../nbs/42_inference.backend.ipynb #440e2294
+# %% ../../nbs/42_inference.backend.ipynb #5c1bc49c
 import importlib.util
 import warnings
 from collections import deque
@@ -23,7 +23,7 @@ from ..core.results import CheckpointMeta
 from .fold import folded
 from ..models.forward import SYMMETRIES
 
-# %% ../../nbs/42_inference.backend.ipynb #de1cefc3
+# %% ../../nbs/42_inference.backend.ipynb #c7da3208
 Tiles = Iterable[np.ndarray]  # each (h, w, 3) uint8
 Maps = Iterator[np.ndarray]  # each (h, w) float32, the probability of the foreground
 MULTIPLE = 32  # encoders halve five times
@@ -44,7 +44,7 @@ class Network(Protocol):
 Builder = Callable[[nn.Module, CheckpointMeta, torch.device, str], Network]  # model, description, device, precision
 BACKENDS: Registry[Builder] = Registry("backend")
 
-# %% ../../nbs/42_inference.backend.ipynb #0fafaca5
+# %% ../../nbs/42_inference.backend.ipynb #1dce563e
 class PixelNet(nn.Module):
     "A network that takes (N, H, W, 3) uint8 and gives (N, H, W) float32 probabilities."
 
@@ -82,7 +82,7 @@ def pad_tile(
     mode = "reflect" if down < rgb.shape[0] and right < rgb.shape[1] else "edge"
     return np.pad(rgb, ((0, down), (0, right), (0, 0)), mode=mode)
 
-# %% ../../nbs/42_inference.backend.ipynb #4baa4219
+# %% ../../nbs/42_inference.backend.ipynb #5c76fcc2
 BYTES_PER_PX = 600  # working memory of a ResNet34 UNet, a rough value for the first batch; it is halved when it was too much
 
 
@@ -137,7 +137,7 @@ class TorchNetwork:
         with torch.inference_mode(), autocast(self.device, self.precision):
             return self._net(batch.to(self.device)).float().cpu().numpy()
 
-# %% ../../nbs/42_inference.backend.ipynb #35b53322
+# %% ../../nbs/42_inference.backend.ipynb #4850f0a9
 class OpenvinoNetwork:
     "A network in OpenVINO, compiled for each size of tile."
 
@@ -186,8 +186,22 @@ class OpenvinoNetwork:
             self._compiled[key] = [compiled.create_infer_request() for _ in range(lanes + 1)]
         return self._compiled[key]
 
-# %% ../../nbs/42_inference.backend.ipynb #0653c1ba
+# %% ../../nbs/42_inference.backend.ipynb #66054dbe
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+
+def trace_openvino(
+    net: nn.Module,  # From (N, H, W, 3) uint8
+    size: tuple[int, int],  # (H, W) that it is shown while it is traced
+) -> Any:  # openvino.Model
+    "Converts a network. It is traced on a small image, because that takes a second less."
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    frontend, example = FrontEndManager().load_by_framework("pytorch"), torch.zeros((1, *size, 3), dtype=torch.uint8)
+    with torch.inference_mode(), warnings.catch_warnings(action="ignore"):  # tracing is old, says PyTorch, but it is what is read here
+        decoder = TorchScriptPythonDecoder(net, example_input=(example,))  # has to live until the end of the conversion
+        return frontend.convert(frontend.load(decoder))
 
 
 def compile_openvino(
@@ -195,19 +209,21 @@ def compile_openvino(
     shape: tuple[int, ...],  # (H, W, 3) of one tile
     how: tuple[str, int, int],  # Precision, streams, threads
 ) -> Any:  # openvino.CompiledModel
-    "Traces a network and compiles it for one size."
+    "Compiles a network for one size. One that does not scale with its input is traced again at that size."
     import openvino
-    from openvino.frontend import FrontEndManager
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     precision, streams, threads = how
-    frontend = FrontEndManager().load_by_framework("pytorch")
-    with torch.inference_mode(), warnings.catch_warnings(action="ignore"):  # tracing is old, says PyTorch, but it is what is read here
-        decoder = TorchScriptPythonDecoder(net, example_input=(torch.zeros((1, *shape), dtype=torch.uint8),))
-        model = frontend.convert(frontend.load(decoder))
-    model.reshape([1, *shape])
     options = {"INFERENCE_PRECISION_HINT": _HINTS[precision], "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": threads}
-    return openvino.Core().compile_model(model, "CPU", options)
+    small = (2 * MULTIPLE, 3 * MULTIPLE)
+    for size in (small, shape[:2]):
+        model = trace_openvino(net, (size[0], size[1]))
+        try:
+            model.reshape([1, *shape])
+        except RuntimeError:  # sizes were frozen into the trace
+            continue
+        if list(model.outputs[0].shape) == [1, *shape[:2]]:
+            return openvino.Core().compile_model(model, "CPU", options)
+    raise EqError(f"OpenVINO cannot run this network on tiles of {shape[0]}x{shape[1]} pixels; choose backend 'torch'")
 
 
 BACKENDS.register("openvino")(OpenvinoNetwork)
@@ -224,7 +240,7 @@ def pick_backend(
     BACKENDS[name]
     return name
 
-# %% ../../nbs/42_inference.backend.ipynb #e6c26cc5
+# %% ../../nbs/42_inference.backend.ipynb #bcbd2839
 def _turn(array: np.ndarray, flip: tuple[int, ...], swap: bool) -> np.ndarray:
     "One symmetry; axes 2 and 3 of a tensor are 0 and 1 of a tile."
     array = array.swapaxes(0, 1) if swap else array

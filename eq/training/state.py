@@ -6,7 +6,7 @@
 __all__ = ['RESUME', 'Progress', 'random_state', 'set_random_state', 'optimizer_state', 'set_optimizer_state', 'point', 'prune',
            'Trainee', 'save_state', 'load_state']
 
-# %% ../../nbs/33_training.state.ipynb #6390a2b8
+# %% ../../nbs/33_training.state.ipynb #dbc55303
 import os
 import random
 import shutil
@@ -23,7 +23,7 @@ from ..core.registry import EqError
 from ..core.results import CheckpointMeta
 from ..models.checkpoint import META, load_tensors, save_checkpoint, save_tensors
 
-# %% ../../nbs/33_training.state.ipynb #0ea70c95
+# %% ../../nbs/33_training.state.ipynb #9266ed8d
 @dataclass
 class Progress:
     "Where a training run stands. Plain values only."
@@ -64,7 +64,7 @@ def set_random_state(
     version, numbers, gauss = values["python"]
     random.setstate((version, tuple(numbers), gauss))
 
-# %% ../../nbs/33_training.state.ipynb #98b9d0fb
+# %% ../../nbs/33_training.state.ipynb #ee5e03d0
 def optimizer_state(
     optimizer: torch.optim.Optimizer,  # Any torch optimiser
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:  # Its tensors by flat name, its parameter groups
@@ -88,7 +88,7 @@ def set_optimizer_state(
     groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in groups]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-# %% ../../nbs/33_training.state.ipynb #c7530ab0
+# %% ../../nbs/33_training.state.ipynb #e1ab9b48
 RESUME = "resume"
 
 
@@ -112,7 +112,7 @@ def prune(
         if step.resolve() not in kept:
             shutil.rmtree(step)
 
-# %% ../../nbs/33_training.state.ipynb #972cc97a
+# %% ../../nbs/33_training.state.ipynb #010e5582
 @dataclass
 class Trainee:
     "The parts of a training run that change while it runs."
@@ -149,7 +149,7 @@ def save_state(
     prune(checkpoints)
     return folder
 
-# %% ../../nbs/33_training.state.ipynb #95e2fd07
+# %% ../../nbs/33_training.state.ipynb #ca425606
 def load_state(
     checkpoints: Path,  # Folder with the link `last`
     trainee: Trainee,  # Fresh parts of the same shapes; filled in place
@@ -168,4 +168,7 @@ def load_state(
     except (RuntimeError, ValueError) as error:
         raise EqError(f"{folder}: made by a run with another network ({str(error).splitlines()[0]})") from error
     trainee.progress.__dict__.update(about["progress"])
+    best = checkpoints / f"step-{trainee.progress.best_step:06d}"
+    if best.is_dir():  # killed between turning `last` and turning `best`
+        point(checkpoints / "best", best)
     set_random_state(tensors, about["random"])
