@@ -20,6 +20,6 @@ if ! "$venv/bin/python" -c "$recent" >/dev/null 2>&1; then
 fi
 "$venv/bin/python" -m uv --version >/dev/null 2>&1 || "$venv/bin/python" -m pip install --quiet "uv>=0.5"
 start=$SECONDS
-"$venv/bin/python" -m uv pip install --quiet --python "$venv/bin/python" -r requirements.lock
+"$venv/bin/python" -m uv pip install --quiet --compile-bytecode --python "$venv/bin/python" -r requirements.lock
 "$venv/bin/python" -m uv pip install --quiet --python "$venv/bin/python" --no-deps -e .
 echo "installed requirements.lock and eq into $venv in $((SECONDS - start)) s"
