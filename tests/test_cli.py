@@ -56,7 +56,7 @@ def test_each_verb_shows_an_example(verb):
         (["run", "mitochondria", "--nonsense"], "--nonsense"),
         (["verify", "no/such/folder"], "no manifest.json in no/such/folder"),
         (["verify"], "RUN"),
-        (["demo", "--animals", "few"], "few"),
+        (["demo", "--animals", "few"], "--animals"),
         (["predict", "no_such_image.png", "--model", "no_such_model", "--out", "x"], "no_such"),
         (["evaluate", "--model", "no_such_model", "--source", "synthetic_em"], "no_such_model"),
         (["data", "show", "em_vcn"], "did you mean 'em_vnc'?"),

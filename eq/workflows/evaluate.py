@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'recorded_part', 'seen_in_training', 'choose_part', 'parse_bars', 'EvaluateRequest', 'EvaluateResult',
            'evaluate_source', 'command']
 
-# %% ../../nbs/75_workflows.evaluate.ipynb #4c42fe99
+# %% ../../nbs/75_workflows.evaluate.ipynb #c4ac473f
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..inference.segment import Engine, Segmenter
 from ..models.checkpoint import META, WEIGHTS, checkpoint_folder
 from .predict import chosen_engine
 
-# %% ../../nbs/75_workflows.evaluate.ipynb #941b1386
+# %% ../../nbs/75_workflows.evaluate.ipynb #d9d283f9
 PARTS = ("auto", "train", "validate", "test", "all")
 
 
@@ -86,7 +86,7 @@ def choose_part(
         raise EqError(f"{cohort.name} has no {part} part; choose --part all")
     return chosen, f"the {part} part of {cohort.name}"
 
-# %% ../../nbs/75_workflows.evaluate.ipynb #bd0b7e06
+# %% ../../nbs/75_workflows.evaluate.ipynb #190b8987
 def parse_bars(
     texts: Iterable[str],  # Each NAME=NUMBER
 ) -> dict[str, float]:  # Metric to the least that is asked for
@@ -134,15 +134,15 @@ class EvaluateResult:
         marks = {name: f">= {bar:g} {'NOT REACHED' if name in self.below else 'reached'}" for name, bar in bars.items()}
         return table.assign(bar=[marks.get(name, "") for name in self.evaluation.summary])
 
-# %% ../../nbs/75_workflows.evaluate.ipynb #a21dec91
+# %% ../../nbs/75_workflows.evaluate.ipynb #0a011af6
 def evaluate_source(
     request: EvaluateRequest,  # What to score on what
 ) -> EvaluateResult:  # Also when a bar was not reached; look at `below` and `evaluation.failed`
     "Scores a checkpoint in a run folder. Raises EqError for unknown names, terms that forbid it, and when no image can be scored."
     for name in request.bars:
         METRICS[name]
+    segmenter = Segmenter.from_checkpoint(request.model, request.engine)  # first: a source may take a while to paint
     cohort = request.source if isinstance(request.source, Cohort) else load_source(request.source)
-    segmenter = Segmenter.from_checkpoint(request.model, request.engine)
     if cohort.task not in ("", segmenter.meta.task):
         raise EqError(f"source {cohort.name!r} holds masks for {cohort.task!r}, the network segments {segmenter.meta.task!r}")
     chosen, what = choose_part(cohort, segmenter.meta, request.part)
@@ -174,7 +174,7 @@ def _write(result: EvaluateResult, request: EvaluateRequest) -> None:
     write_json(result.folder / "metrics.json", {"cohort": found.cohort, "images": result.what, "n_images": len(found.images), "unit": found.unit,
                                                 "metrics": metrics, "bars": request.bars, "below": result.below, "failed": found.failed})
 
-# %% ../../nbs/75_workflows.evaluate.ipynb #19ca801b
+# %% ../../nbs/75_workflows.evaluate.ipynb #0b57d0fb
 def command(
     model: Annotated[Path, typer.Option(help="Checkpoint: a folder with model.json and model.safetensors")],
     source: Annotated[str, typer.Option(help="Registered source, cohort CSV, or folder of images and masks")],
