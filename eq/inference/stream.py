@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_PARTS', 'CHUNK', 'RowSpool', 'BandLabeller', 'touching', 'ZarrRows', 'ngff']
 
-# %% ../../nbs/44_inference.stream.ipynb #ae5c2285
+# %% ../../nbs/44_inference.stream.ipynb #c3436393
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components
 from ..core.files import TEMP_PREFIX, write_error
 from ..core.registry import EqError
 
-# %% ../../nbs/44_inference.stream.ipynb #569ff36a
+# %% ../../nbs/44_inference.stream.ipynb #b907ed50
 class RowSpool:
     "Rows of integers on disk, written once from the top, read as often as needed. A context manager: the file goes at the end."
 
@@ -58,7 +58,7 @@ class RowSpool:
         self._file.close()
         self.path.unlink(missing_ok=True)
 
-# %% ../../nbs/44_inference.stream.ipynb #6c9a1e68
+# %% ../../nbs/44_inference.stream.ipynb #7e6dc621
 MAX_PARTS = 50_000_000  # provisional objects; beyond, a mask is noise, and the memory for their numbers would exceed 1 GB
 _EIGHT = np.ones((3, 3), bool)
 
@@ -129,7 +129,7 @@ def touching(
         found.append(np.stack([a[both], b[both]], 1))
     return np.unique(np.concatenate(found), axis=0)
 
-# %% ../../nbs/44_inference.stream.ipynb #b6b960fa
+# %% ../../nbs/44_inference.stream.ipynb #47254baa
 CHUNK = 512
 
 
@@ -171,8 +171,10 @@ class ZarrRows:
         return self.path
 
     def _flush(self) -> None:
+        rows = slice(self._row, self._row + self._filled)
         try:
-            self._array[self._row : self._row + self._filled] = self._buffer[: self._filled]
+            for x in range(0, self.shape[1], CHUNK):  # one chunk at a time: after an error nothing goes on writing behind our back
+                self._array[rows, x : x + CHUNK] = self._buffer[: self._filled, x : x + CHUNK]
         except OSError as error:
             raise write_error(error, self.path) from error
         self._row, self._filled = self._row + self._filled, 0

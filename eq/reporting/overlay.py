@@ -6,7 +6,7 @@
 __all__ = ['FOUND', 'TRUTH', 'BLOCK', 'inner_outline', 'draw_outlines', 'small_picture', 'small_labels', 'overlay',
            'write_overlay', 'contact_sheet']
 
-# %% ../../nbs/60_reporting.overlay.ipynb #e2fba981
+# %% ../../nbs/60_reporting.overlay.ipynb #d2d64adb
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ..data.io import write_png
 from ..inference.working import Source
 from ..quantification.instances import LabelImage
 
-# %% ../../nbs/60_reporting.overlay.ipynb #2cea74de
+# %% ../../nbs/60_reporting.overlay.ipynb #8e27bf97
 FOUND, TRUTH = (0, 229, 255), (255, 179, 0)  # red, green, blue
 _CROSS = ndimage.generate_binary_structure(2, 1)
 
@@ -55,13 +55,13 @@ def draw_outlines(
     out[inner_outline(labels, width)] = colour
     return out
 
-# %% ../../nbs/60_reporting.overlay.ipynb #5fe940eb
-BLOCK = 512  # edge of the pieces that are read, pixels of the picture
+# %% ../../nbs/60_reporting.overlay.ipynb #ab981b2a
+BLOCK = 512  # edge of the pieces that are read, pixels of the image: what is held does not grow with the image
 
 
 def _blocks(height: int, width: int, step: int) -> list[tuple[int, int, int, int]]:
-    "Regions of the image, each at most BLOCK x BLOCK pixels of the picture."
-    side = BLOCK * step
+    "Regions of the image, whole blocks of `step` pixels, each at most BLOCK pixels wide unless one block is wider."
+    side = step * max(1, BLOCK // step)
     return [(y, x, min(side, height - y), min(side, width - x)) for y in range(0, height, side) for x in range(0, width, side)]
 
 
@@ -107,7 +107,7 @@ def small_labels(
         out[y // step : -(-(y + h) // step), x // step : -(-(x + w) // step)] = _reduce(labels.read(y, x, h, w), step, np.maximum)
     return out
 
-# %% ../../nbs/60_reporting.overlay.ipynb #8cb12a29
+# %% ../../nbs/60_reporting.overlay.ipynb #e66a1e85
 def overlay(
     source: Source,  # The image
     labels: LabelImage,  # What was found, the same size
@@ -136,7 +136,7 @@ def write_overlay(
     "Writes an overlay as PNG, atomically."
     return write_png(path, overlay(source, labels, truth, max_px))
 
-# %% ../../nbs/60_reporting.overlay.ipynb #1e7872c2
+# %% ../../nbs/60_reporting.overlay.ipynb #b1c39e0d
 def contact_sheet(
     pictures: Sequence[np.ndarray],  # Each (h, w, 3) uint8
     titles: Sequence[str] = (),  # One each, or none
