@@ -6,7 +6,7 @@
 __all__ = ['NOT_KEYS', 'DataConfig', 'TrainConfig', 'TaskConfig', 'PredictConfig', 'EvaluateConfig', 'DemoConfig', 'BenchConfig',
            'LogConfig', 'Config', 'load_config', 'describe']
 
-# %% ../../nbs/00_core.config.ipynb #e8a011c5
+# %% ../../nbs/00_core.config.ipynb #a5f7d75c
 import os
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from .paths import params_file, read_yaml
 from .registry import EqError, unknown_name
 from .results import Strict, invalid
 
-# %% ../../nbs/00_core.config.ipynb #b10c6ed0
+# %% ../../nbs/00_core.config.ipynb #cb1b1873
 class DataConfig(Strict):
     "Where images are and how they are read."
 
@@ -67,11 +67,11 @@ class PredictConfig(Strict):
 
     device: str = Field(description="auto, cuda, cuda:N, mps or cpu")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(description="auto takes bf16 where the hardware is fast at it")
-    backend: Literal["torch", "openvino"] = Field(description="What runs the network")
+    backend: Literal["auto", "torch", "openvino"] = Field(description="What runs the network; auto takes OpenVINO on a processor where it is installed")
     tile: int = Field(ge=64, multiple_of=32, description="Edge of a tile, pixels at the working resolution")
     overlap: int = Field(ge=0, description="Pixels that neighbouring tiles share and blend over")
 
-# %% ../../nbs/00_core.config.ipynb #1ae7cc54
+# %% ../../nbs/00_core.config.ipynb #35862c62
 class EvaluateConfig(Strict):
     "How predictions are scored."
 
@@ -90,7 +90,7 @@ class DemoConfig(Strict):
     min_dice: float = Field(ge=0, le=1, description="Exit with 1 below this Dice on unseen animals")
     seed: int = Field(ge=0, description="Seed of images and training")
 
-# %% ../../nbs/00_core.config.ipynb #73b8f24d
+# %% ../../nbs/00_core.config.ipynb #a3b4aaa5
 class BenchConfig(Strict):
     "How benchmarks are run."
 
@@ -119,7 +119,7 @@ class Config(Strict):
     bench: BenchConfig
     log: LogConfig
 
-# %% ../../nbs/00_core.config.ipynb #3cdee3c7
+# %% ../../nbs/00_core.config.ipynb #d6356f8d
 NOT_KEYS = {"EQ__MODE", "EQ__OUTPUTS"}  # variables of eq that stand for no key of a section
 
 
@@ -152,7 +152,7 @@ def _from_environment() -> dict[str, Any]:
             found[key] = text if key == "data.root" else yaml.safe_load(text)  # a folder may be called 2026
     return found
 
-# %% ../../nbs/00_core.config.ipynb #270c9f47
+# %% ../../nbs/00_core.config.ipynb #4f58797e
 def _read_params(path: Path) -> dict[str, Any]:
     "A YAML file that holds sections. Raises EqError naming the file."
     values = read_yaml(path)
@@ -160,7 +160,7 @@ def _read_params(path: Path) -> dict[str, Any]:
         raise EqError(f"{path} holds no sections; valid: {_valid_keys(())}")
     return values
 
-# %% ../../nbs/00_core.config.ipynb #77109f6c
+# %% ../../nbs/00_core.config.ipynb #eef7d910
 def load_config(
     path: str | Path | None = None,  # A params.yaml; default is the one of the checkout
     mode: str | None = None,  # development, production or debug; default is EQ__MODE, then what the file says
@@ -181,7 +181,7 @@ def load_config(
     except ValidationError as e:
         raise invalid(e, file.name, _valid_keys) from e
 
-# %% ../../nbs/00_core.config.ipynb #b9ec8c2e
+# %% ../../nbs/00_core.config.ipynb #960629ab
 @cache
 def _documented(section: str) -> dict[str, str]:
     "Description of each key of a section."

@@ -6,7 +6,7 @@
 __all__ = ['FOUND', 'TRUTH', 'BLOCK', 'inner_outline', 'draw_outlines', 'small_picture', 'small_labels', 'overlay',
            'write_overlay', 'contact_sheet']
 
-# %% ../../nbs/60_reporting.overlay.ipynb #d2d64adb
+# %% ../../nbs/60_reporting.overlay.ipynb #08549a08
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ..data.io import write_png
 from ..inference.working import Source
 from ..quantification.instances import LabelImage
 
-# %% ../../nbs/60_reporting.overlay.ipynb #8e27bf97
+# %% ../../nbs/60_reporting.overlay.ipynb #57c93076
 FOUND, TRUTH = (0, 229, 255), (255, 179, 0)  # red, green, blue
 _CROSS = ndimage.generate_binary_structure(2, 1)
 
@@ -55,7 +55,7 @@ def draw_outlines(
     out[inner_outline(labels, width)] = colour
     return out
 
-# %% ../../nbs/60_reporting.overlay.ipynb #ab981b2a
+# %% ../../nbs/60_reporting.overlay.ipynb #8df4d241
 BLOCK = 512  # edge of the pieces that are read, pixels of the image: what is held does not grow with the image
 
 
@@ -107,7 +107,7 @@ def small_labels(
         out[y // step : -(-(y + h) // step), x // step : -(-(x + w) // step)] = _reduce(labels.read(y, x, h, w), step, np.maximum)
     return out
 
-# %% ../../nbs/60_reporting.overlay.ipynb #e66a1e85
+# %% ../../nbs/60_reporting.overlay.ipynb #6b9c4456
 def overlay(
     source: Source,  # The image
     labels: LabelImage,  # What was found, the same size
@@ -120,7 +120,7 @@ def overlay(
             raise EqError(f"image is {source.height}x{source.width}, labels are {what.height}x{what.width}; they must be equal")
     step = max(1, -(-max(source.height, source.width) // max_px))
     out = small_picture(source, step)
-    width = max(1, round(max(out.shape[:2]) / 500))
+    width = max(1, round(max(out.shape[:2]) / 300))
     if truth is not None:
         out = draw_outlines(out, small_labels(truth, step), TRUTH, width)
     return draw_outlines(out, small_labels(labels, step), FOUND, width)
@@ -136,7 +136,7 @@ def write_overlay(
     "Writes an overlay as PNG, atomically."
     return write_png(path, overlay(source, labels, truth, max_px))
 
-# %% ../../nbs/60_reporting.overlay.ipynb #b1c39e0d
+# %% ../../nbs/60_reporting.overlay.ipynb #9de6aa3d
 def contact_sheet(
     pictures: Sequence[np.ndarray],  # Each (h, w, 3) uint8
     titles: Sequence[str] = (),  # One each, or none

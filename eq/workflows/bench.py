@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'Benchmark', 'BENCHES', 'Row', 'Sitting', 'plot_rows', 'write_plot', 'load_bench', 'command']
 
-# %% ../../nbs/77_workflows.bench.ipynb #407b7951
+# %% ../../nbs/77_workflows.bench.ipynb #a8afa998
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ from ..core.paths import repo_root
 from ..core.provenance import code_version
 from ..core.registry import Registry
 
-# %% ../../nbs/77_workflows.bench.ipynb #c1ea6018
+# %% ../../nbs/77_workflows.bench.ipynb #13b6d9b0
 COLUMNS = ["bench", "variant", "metric", "value", "unit", "seed", "run", "date", "commit", "command"]
 
 
@@ -59,7 +59,7 @@ class Sitting:
             pd.concat([*old, new], ignore_index=True).to_csv(temp, index=False)
         return path
 
-# %% ../../nbs/77_workflows.bench.ipynb #d70b5024
+# %% ../../nbs/77_workflows.bench.ipynb #3b0517d4
 def plot_rows(
     table: pd.DataFrame,  # Rows of one run
     metrics: list[str],  # What to show, one panel each
@@ -89,11 +89,12 @@ def write_plot(
         plot_rows(table, metrics).savefig(temp, format="png", dpi=130)
     return csv.with_suffix(".png")
 
-# %% ../../nbs/77_workflows.bench.ipynb #3f144c6f
+# %% ../../nbs/77_workflows.bench.ipynb #0a400223
 Benchmark = Callable[[Sitting, float | None, tuple[int, ...] | None, list[str] | None], None]
 BENCHES: Registry[str] = Registry("benchmark")  # name to "module:function"
 BENCHES.register("em")("eq.workflows.bench_segment:bench_em")
 BENCHES.register("glom")("eq.workflows.bench_segment:bench_glom")
+BENCHES.register("tiles")("eq.workflows.bench_tiles:bench_tiles")
 
 
 def load_bench(
@@ -107,7 +108,7 @@ def load_bench(
 
 
 def command(
-    name: Annotated[str, typer.Argument(help="em, glom, or all of them")],  # A registered benchmark, or "all"
+    name: Annotated[str, typer.Argument(help="em, glom, tiles, or all of them")],  # A registered benchmark, or "all"
     minutes: Annotated[float | None, typer.Option(help="Training time of each method [params.yaml: bench.minutes]")] = None,  # Minutes
     seed: Annotated[list[int] | None, typer.Option(help="Seeds, one --seed each [params.yaml: bench.seeds]")] = None,  # Seeds
     only: Annotated[list[str] | None, typer.Option(help="Measure only this variant, one --only each")] = None,  # Names of variants

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERBS', 'Verb', 'add_verb', 'epilog', 'load_verb', 'overview', 'run_verb', 'main']
 
-# %% ../../nbs/70_workflows.cli.ipynb #b9d1a0db
+# %% ../../nbs/70_workflows.cli.ipynb #e41409aa
 import os
 import sys
 import warnings
@@ -20,7 +20,7 @@ from typer.main import get_command
 
 from ..core.registry import EqError, Registry
 
-# %% ../../nbs/70_workflows.cli.ipynb #9e11961e
+# %% ../../nbs/70_workflows.cli.ipynb #8b6ff85f
 @dataclass(frozen=True)
 class Verb:
     "A verb of the command, not yet loaded."
@@ -42,7 +42,7 @@ def add_verb(
     "Register a verb. Raises EqError when the name is taken."
     VERBS.register(name)(Verb(module, summary, examples))
 
-# %% ../../nbs/70_workflows.cli.ipynb #4442f315
+# %% ../../nbs/70_workflows.cli.ipynb #60490476
 add_verb("demo", "eq.workflows.demo", "Train and test on synthetic images, from nothing to a report.", "eq demo", "eq demo --out outputs/demo --seed 1")
 add_verb(
     "data", "eq.workflows.data", "List, show and organise sources of images; join score sheets.",
@@ -61,10 +61,10 @@ add_verb(
     "eq evaluate --model outputs/glom --source glom_pas --min detection=0.7",
 )
 add_verb("run", "eq.workflows.run", "Execute a run notebook with parameters.", "eq run mitochondria", "eq run glomeruli -p minutes 8 -p seed 1")
-add_verb("bench", "eq.workflows.bench", "Measure side by side with peers.", "eq bench em", "eq bench glom --minutes 4")
+add_verb("bench", "eq.workflows.bench", "Measure side by side with peers.", "eq bench em", "eq bench glom --minutes 4", "eq bench tiles")
 add_verb("verify", "eq.workflows.verify", "Check a run's files against its manifest.", "eq verify outputs/demo")
 
-# %% ../../nbs/70_workflows.cli.ipynb #9b439334
+# %% ../../nbs/70_workflows.cli.ipynb #247a864e
 def epilog(
     examples: tuple[str, ...],  # Commands as typed
 ) -> str:  # Text for the end of a help page
@@ -96,7 +96,7 @@ def overview() -> Any:  # The click command that prints `eq --help`
         app.command(name, help=VERBS[name].summary)(lambda: None)
     return get_command(app)
 
-# %% ../../nbs/70_workflows.cli.ipynb #98d038cf
+# %% ../../nbs/70_workflows.cli.ipynb #3d6693b4
 def run_verb(
     args: list[str],  # What was typed after `eq`
 ) -> int:  # Exit code
