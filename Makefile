@@ -29,7 +29,9 @@ test: $(STAMP)  ## Notebooks, export, layers, style, types, docs and tests with 
 docs: $(STAMP)  ## Render the site into _docs (Quarto where present, else nbconvert)
 	@$(BIN)/python tools/build_docs.py $(ARGS)
 
-bench: $(STAMP)  ## Every benchmark, side by side with its peers; results in benchmarks/results (hours)
+include benchmarks/peers.mk  # the peers' own environment
+
+bench: $(STAMP) peers  ## Every benchmark, side by side with its peers; results in benchmarks/results (hours)
 	@$(BIN)/eq bench all $(ARGS)
 
 run-notebooks: $(STAMP)  ## The three parameterised notebooks of nbs/runs with their defaults

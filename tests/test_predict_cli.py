@@ -71,7 +71,7 @@ def test_everything_about_one_image(model, tmp_path, capsys, backend):
     assert out.strip().endswith(str(tmp_path / "out"))  # ends with the path of what it wrote
     folder = tmp_path / "out" / "slide"
     assert {p.name for p in folder.iterdir()} == {
-        "mask.ome.tif", "labels.ome.tif", "probability.zarr", "instances.csv", "objects.geojson", "overlay.png", "rois",
+        "mask.ome.tif", "labels.ome.tif", "probability.zarr", "instances.csv", "objects.geojson", "overlay.png", "rois", "result.json",
     }
     labels, mask, table = open_image(folder / "labels.ome.tif"), open_image(folder / "mask.ome.tif"), pd.read_csv(folder / "instances.csv")
     numbers = labels.read_all()
@@ -162,7 +162,7 @@ def test_bad_images_are_listed_and_the_rest_is_done(model, tmp_path, capsys):
         assert table.loc[str(path), "status"] == "failed" and why in table.loc[str(path), "note"], table.loc[str(path), "note"]
         assert f"failed: {path}: " in err
     assert table.loc[str(good), "status"] == "done" and (tmp_path / "out" / "good" / "mask.ome.tif").exists()
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"good", "summary.csv", "manifest.json", "log.jsonl"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"good", "summary.csv", "manifest.json", "log.jsonl", "request.json"}
     assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["metrics"]["failed"]) == len(bad)
 
 
@@ -244,7 +244,7 @@ def long_run(model, tmp_path) -> Iterator[subprocess.Popen]:
     args = ["predict", first, large, "--model", model, "--out", tmp_path / "out", "--backend", "torch"]
     child = subprocess.Popen([sys.executable, "-m", "eq", *map(str, args)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 240
-    while not [p for p in (tmp_path / "out").glob(f"{TEMP_PREFIX}*-large/{TEMP_PREFIX}*") if p.stat().st_size] and child.poll() is None:
+    while len(list((tmp_path / "out").glob(".work/large/0*.npz"))) < 3 and child.poll() is None:
         assert time.monotonic() < end, "the run did not reach the large image"
         time.sleep(0.05)
     yield child
@@ -258,18 +258,29 @@ def test_ctrl_c(long_run, tmp_path):
     long_run.send_signal(signal.SIGINT)
     _, err = long_run.communicate(timeout=240)
     assert long_run.returncode == 130 and "interrupted" in err.splitlines()[-1] and "Traceback" not in err, err
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"first", "summary.csv", "log.jsonl", "manifest.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"first", "summary.csv", "log.jsonl", "manifest.json", "request.json", ".work"}
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["status"] == "interrupted"
     assert verify_run(tmp_path / "out").ok and len(pd.read_csv(tmp_path / "out" / "summary.csv")) == 1
 
 
-def test_kill_9(long_run, tmp_path):
+def test_kill_9(long_run, model, tmp_path, capsys):
     assert long_run.poll() is None, long_run.communicate()
     long_run.kill()
     long_run.communicate()
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert {n for n in names if not n.startswith(TEMP_PREFIX)} == {"first", "summary.csv", "log.jsonl"}  # no manifest: not a finished run
+    assert {n for n in names if not n.startswith(TEMP_PREFIX)} == {"first", "summary.csv", "log.jsonl", "request.json", ".work"}  # no manifest: not a finished run
     assert open_image(tmp_path / "out" / "first" / "mask.ome.tif").read_all().shape == (64, 64)
+    finished, tiles = (tmp_path / "out" / "first" / "mask.ome.tif").stat().st_mtime_ns, {p.name for p in (tmp_path / "out" / ".work" / "large").glob("0*")}
+    args = ["predict", tmp_path / "first.png", tmp_path / "large.ome.tif", "--model", model, "--backend", "torch"]
+    assert eq(capsys, *args, "--out", tmp_path / "out", "--resume")[0] == 0
+    assert eq(capsys, *args, "--out", tmp_path / "undisturbed")[0] == 0
+    for name in ("mask.ome.tif", "labels.ome.tif", "objects.geojson"):
+        assert (tmp_path / "out" / "large" / name).read_bytes() == (tmp_path / "undisturbed" / "large" / name).read_bytes()
+    assert (tmp_path / "out" / "first" / "mask.ome.tif").stat().st_mtime_ns == finished and len(tiles) >= 3
+    ledger = TileLedger.from_dict(json.loads((tmp_path / "out" / "manifest.json").read_text())["metrics"]["tiles"]["large"]).check()
+    assert ledger.done == ledger.planned and verify_run(tmp_path / "out").ok and not (tmp_path / "out" / ".work").exists()
+    code, _, err = eq(capsys, *args, "--out", tmp_path / "out", "--resume", "--probability")
+    assert code == 2 and "was begun with other settings: probability False, now True" in err
 
 
 @pytest.fixture

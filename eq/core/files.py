@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TEMP_PREFIX', 'sha256_bytes', 'sha256_file', 'sha256_array', 'list_files', 'sha256_path', 'is_disk_full',
-           'write_error', 'atomic_write', 'plain', 'write_text', 'write_json', 'read_json']
+           'write_error', 'sync', 'atomic_write', 'plain', 'write_text', 'write_json', 'read_json']
 
-# %% ../../nbs/03_core.files.ipynb #d26feddd
+# %% ../../nbs/03_core.files.ipynb #a8316f4b
 import errno
 import hashlib
 import json
@@ -24,7 +24,7 @@ import numpy as np
 
 from .registry import EqError
 
-# %% ../../nbs/03_core.files.ipynb #d29c91ec
+# %% ../../nbs/03_core.files.ipynb #559613e0
 def sha256_bytes(
     data: bytes,  # Any bytes
 ) -> str:  # 64 hexadecimal digits
@@ -50,7 +50,7 @@ def sha256_array(
     head = f"{array.dtype.str}{array.shape}".encode()
     return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).hexdigest()
 
-# %% ../../nbs/03_core.files.ipynb #2f731e44
+# %% ../../nbs/03_core.files.ipynb #ef609f29
 TEMP_PREFIX = ".tmp-"  # every file still being written has this prefix; whatever has it is not a result
 
 
@@ -73,13 +73,14 @@ def sha256_path(
     lines = [f"{sha256_file(p)}  {p.relative_to(path).as_posix()}\n" for p in list_files(path)]
     return sha256_bytes("".join(lines).encode())
 
-# %% ../../nbs/03_core.files.ipynb #96d874ea
+# %% ../../nbs/03_core.files.ipynb #27db22e1
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    "An error and whatever caused it."
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
+    "An error and whatever caused it, each once: an error that is kept and raised again can be its own cause."
+    seen, found = set[int](), error
+    while found is not None and id(found) not in seen:
+        yield found
+        seen.add(id(found))
+        found = found.__cause__ or found.__context__
 
 
 def is_disk_full(
@@ -94,7 +95,7 @@ def is_disk_full(
         return True
     return isinstance(error, (OSError, RuntimeError)) and shutil.disk_usage(folder).free < 4096
 
-# %% ../../nbs/03_core.files.ipynb #7a4b8012
+# %% ../../nbs/03_core.files.ipynb #ebc0687b
 def write_error(
     error: Exception,  # What a writer raised
     path: str | Path,  # The final name of the file
@@ -107,8 +108,10 @@ def write_error(
         return EqError(f"cannot write {path}: {error.strerror}; choose a folder you may write to")
     return error
 
-# %% ../../nbs/03_core.files.ipynb #403a5468
-def _sync(path: Path) -> None:
+# %% ../../nbs/03_core.files.ipynb #cfcb9a22
+def sync(
+    path: Path,  # A file or a folder
+) -> None:
     "Ask the operating system to put a file or a folder on the disk."
     if os.name == "nt" and path.is_dir():  # Windows cannot open folders
         return
@@ -118,7 +121,7 @@ def _sync(path: Path) -> None:
     finally:
         os.close(fd)
 
-# %% ../../nbs/03_core.files.ipynb #9ea4ed5c
+# %% ../../nbs/03_core.files.ipynb #ad7ec2b1
 @contextmanager
 def atomic_write(
     path: str | Path,  # Final name; missing parent folders are made
@@ -131,9 +134,9 @@ def atomic_write(
         yield temp
         if not temp.exists():
             raise EqError(f"nothing was written for {path}: write to the temporary path that atomic_write gives")
-        _sync(temp)
+        sync(temp)
         os.replace(temp, path)
-        _sync(path.parent)
+        sync(path.parent)
     except Exception as e:
         problem = write_error(e, path)  # looks at the disk, so before the temporary file goes
         if problem is e:
@@ -143,7 +146,7 @@ def atomic_write(
         if path.parent.is_dir():
             temp.unlink(missing_ok=True)
 
-# %% ../../nbs/03_core.files.ipynb #8f9339d5
+# %% ../../nbs/03_core.files.ipynb #428e1c33
 def plain(
     obj: Any,  # Dataclasses, numpy values, paths, dicts, lists
 ) -> Any:  # The same out of dict, list, str, int, float, bool and None only
@@ -166,7 +169,7 @@ def plain(
         return plain(asdict(obj))
     raise EqError(f"no JSON form for {type(obj).__name__} {obj!r}; valid: numbers, text, lists, dicts, dataclasses, paths, numpy arrays")
 
-# %% ../../nbs/03_core.files.ipynb #fa90f1cc
+# %% ../../nbs/03_core.files.ipynb #de26d36b
 def write_text(
     path: str | Path,  # Final name
     text: str,  # Content, written as UTF-8
@@ -184,7 +187,7 @@ def write_json(
     "Write indented JSON atomically, keys in the order given."
     return write_text(path, json.dumps(plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
-# %% ../../nbs/03_core.files.ipynb #9022ad94
+# %% ../../nbs/03_core.files.ipynb #92d23095
 def read_json(
     path: str | Path,  # A JSON file
 ) -> Any:  # Its content

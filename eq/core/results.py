@@ -6,7 +6,7 @@
 __all__ = ['R', 'Measure', 'TTA', 'invalid', 'Strict', 'Result', 'Interval', 'PixelScores', 'DetectionScores', 'Tile',
            'RefusedTile', 'TileLedger', 'CheckpointMeta']
 
-# %% ../../nbs/04_core.results.ipynb #7ed0f3cb
+# %% ../../nbs/04_core.results.ipynb #e792dd4e
 import json
 import re
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, Valida
 from .files import plain
 from .registry import EqError, unknown_name
 
-# %% ../../nbs/04_core.results.ipynb #f9e0a448
+# %% ../../nbs/04_core.results.ipynb #23650118
 def invalid(
     error: ValidationError,  # What pydantic raised
     kind: str,  # What was read, for example "params.yaml"
@@ -36,13 +36,13 @@ def invalid(
         return EqError(f"{kind}: {first['msg'].removeprefix('Value error, ')}")
     return EqError(f"{kind}: {'.'.join(place)} = {first['input']!r}: {first['msg'].lower()}")
 
-# %% ../../nbs/04_core.results.ipynb #1c8d8aad
+# %% ../../nbs/04_core.results.ipynb #664a2b83
 class Strict(BaseModel):
     "A pydantic model that refuses unknown keys and cannot be changed."
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-# %% ../../nbs/04_core.results.ipynb #91450b30
+# %% ../../nbs/04_core.results.ipynb #1708e83c
 R = TypeVar("R", bound="Result")
 Measure = Annotated[float, BeforeValidator(lambda v: float("nan") if v is None else v)]  # a number, NaN where there is none
 
@@ -68,7 +68,7 @@ class Result:
         except ValidationError as e:
             raise invalid(e, cls.__name__, lambda place: names if not place else []) from e
 
-# %% ../../nbs/04_core.results.ipynb #74e8081c
+# %% ../../nbs/04_core.results.ipynb #1fa20997
 @dataclass(frozen=True)
 class Interval(Result):
     "An estimate and its interval. `note` says when the interval should not be trusted."
@@ -90,7 +90,7 @@ class Interval(Result):
         "The whole interval lies above 0."
         return self.low > 0
 
-# %% ../../nbs/04_core.results.ipynb #0baff501
+# %% ../../nbs/04_core.results.ipynb #77fd8ff2
 @dataclass(frozen=True)
 class PixelScores(Result):
     "Agreement of two binary masks, pixel by pixel. The counts are kept so that scores can be pooled."
@@ -119,7 +119,7 @@ class DetectionScores(Result):
     n_matched: int  # Pairs, one to one
     iou_threshold: float  # Overlap that counts as found
 
-# %% ../../nbs/04_core.results.ipynb #a0c0f221
+# %% ../../nbs/04_core.results.ipynb #8725fdf9
 @dataclass(frozen=True)
 class Tile(Result):
     "A rectangle of an image in pixels of the full resolution."
@@ -150,14 +150,16 @@ class TileLedger(Result):
     planned: int  # Tiles that cover the image
     done: int  # Tiles predicted
     refused: tuple[RefusedTile, ...] = ()  # Tiles without a prediction
+    skipped: int = 0  # Tiles of empty glass, called background without a look
 
     def check(self) -> Self:  # The ledger itself
-        "Raises EqError unless planned = done + refused."
-        if self.planned != self.done + len(self.refused):
-            raise EqError(f"tile ledger does not add up: {self.planned} planned, {self.done} done, {len(self.refused)} refused")
+        "Raises EqError unless planned = done + refused + skipped."
+        if self.planned != self.done + len(self.refused) + self.skipped:
+            parts = f"{self.done} done, {len(self.refused)} refused, {self.skipped} skipped"
+            raise EqError(f"tile ledger does not add up: {self.planned} planned, {parts}")
         return self
 
-# %% ../../nbs/04_core.results.ipynb #499f860e
+# %% ../../nbs/04_core.results.ipynb #302565fa
 TTA = ("none", "flip", "d4")  # test-time averaging: nothing, the 3 flips, all 8 symmetries of the square
 
 
@@ -188,7 +190,7 @@ class CheckpointMeta(Result):
     def __post_init__(self) -> None:
         _check_meta(self)
 
-# %% ../../nbs/04_core.results.ipynb #f5e92ff1
+# %% ../../nbs/04_core.results.ipynb #43ddb9e6
 def _check_meta(m: CheckpointMeta) -> None:
     "Raises EqError on the first value that cannot be, with what would be valid."
     wrong = {

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCES', 'Source', 'require_folder', 'image_files', 'add_source']
 
-# %% ../../nbs/19_data.catalogue.ipynb #8df5ed24
+# %% ../../nbs/19_data.catalogue.ipynb #79c2360d
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..core.registry import EqError, Registry, unknown_name
 from .cohort import USES, Cohort
 from .io import is_image_path
 
-# %% ../../nbs/19_data.catalogue.ipynb #7ec6700c
+# %% ../../nbs/19_data.catalogue.ipynb #b70ee077
 @dataclass(frozen=True)
 class Source:
     "A set of images: what it is, its terms, and how its table is made from its folder."
@@ -48,7 +48,7 @@ class Source:
         folder = require_folder(self.name, self.where(root))
         return _as_cohort(self, self.rows(folder), folder)
 
-# %% ../../nbs/19_data.catalogue.ipynb #f02ed737
+# %% ../../nbs/19_data.catalogue.ipynb #15d68788
 def _as_cohort(source: Source, table: pd.DataFrame, folder: Path) -> Cohort:
     if not len(table):
         raise EqError(f"source {source.name!r}: no image of the expected names in {folder}")
@@ -60,14 +60,15 @@ def _as_cohort(source: Source, table: pd.DataFrame, folder: Path) -> Cohort:
 
 SOURCES: Registry[Source] = Registry("source")
 
-# %% ../../nbs/19_data.catalogue.ipynb #d730eaf6
+# %% ../../nbs/19_data.catalogue.ipynb #0698f8f9
 def require_folder(
     name: str,  # Of the source
     folder: Path,  # Where its images should be
 ) -> Path:  # The folder
     "Raises EqError telling how to point to the data where the folder is missing."
     if not folder.is_dir():
-        raise EqError(f"source {name!r}: no folder {folder}; put the images there or set EQ__DATA__ROOT to the folder that holds {folder.name!r}")
+        way = "`eq data fetch` lists what can be fetched; else put the images there"
+        raise EqError(f"source {name!r}: no folder {folder}; {way}, or set EQ__DATA__ROOT to the folder that holds {folder.name!r}")
     return folder
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_WORDS', 'MASK_WORDS', 'PART_WORDS', 'role_and_key', 'Pair', 'PairReport', 'find_pairs']
 
-# %% ../../nbs/12c_data.pairs.ipynb #f6c25faa
+# %% ../../nbs/12c_data.pairs.ipynb #b89aa5bc
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pathlib import Path
 from ..core.registry import EqError
 from .io import is_image_path, readable_suffixes
 
-# %% ../../nbs/12c_data.pairs.ipynb #ff4db41f
+# %% ../../nbs/12c_data.pairs.ipynb #6de3b07d
 IMAGE_WORDS = ("image", "images", "img", "imgs", "raw", "original", "originals")
 MASK_WORDS = ("mask", "masks", "label", "labels", "seg", "segmentation", "segmentations", "annotation", "annotations")
 MASK_WORDS += ("gt", "groundtruth", "ground_truth")
@@ -37,7 +37,7 @@ def role_and_key(
     part = next((PART_WORDS[f] for f in folders if f in PART_WORDS), "")
     return ("mask" if is_mask else "image"), "/".join([*rest, name]).casefold(), part
 
-# %% ../../nbs/12c_data.pairs.ipynb #a2ea7f9c
+# %% ../../nbs/12c_data.pairs.ipynb #536a50e6
 @dataclass(frozen=True)
 class Pair:
     "One image, its mask where there is one, and the part that its folders declare."
@@ -66,7 +66,7 @@ def _listed(folder: Path) -> list[Path]:
         raise EqError(f"no image ({', '.join(readable_suffixes())}) in {folder} or below")
     return files
 
-# %% ../../nbs/12c_data.pairs.ipynb #d3d903ef
+# %% ../../nbs/12c_data.pairs.ipynb #fe13522a
 def find_pairs(
     folder: str | Path,  # Looked through with everything below it
 ) -> PairReport:  # Every image file of the folder occurs in it once

@@ -6,7 +6,7 @@
 __all__ = ['decoding', 'check_declared_size', 'RasterPixels', 'pil_layout', 'pil_values', 'open_pil', 'decode_pil', 'open_png',
            'open_jpeg']
 
-# %% ../../nbs/10c_data.raster.ipynb #8a7e4f82
+# %% ../../nbs/10c_data.raster.ipynb #f3b7dffd
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from ..core.registry import EqError
 from .pixels import MAX_DECODE_PX, Layout, check_region
 from .pxsize import tag_px_size
 
-# %% ../../nbs/10c_data.raster.ipynb #46901260
+# %% ../../nbs/10c_data.raster.ipynb #bc002f78
 @contextmanager
 def decoding(
     path: Path,  # The file, named in the error
@@ -30,14 +30,15 @@ def decoding(
     "Whatever a decoder raises inside becomes one EqError."
     try:
         yield
-    except EqError:
-        raise
+    except EqError as exc:
+        raise exc if str(path) in str(exc) else EqError(f"{path}: {exc}") from exc
     except PilImage.DecompressionBombError as exc:
         raise EqError(f"{path}: declares more than the {MAX_DECODE_PX / 1e6:.0f} Mpx that are decoded in one piece ({exc})") from exc
     except FileNotFoundError as exc:
         raise EqError(f"no such file: {path}") from exc
     except Exception as exc:  # a parser fed with damaged bytes may raise anything
-        raise EqError(f"{path}: cannot be decoded as {what}: {exc or type(exc).__name__}; the file is damaged or truncated") from exc
+        said = " ".join(str(exc).split())[:300] or type(exc).__name__
+        raise EqError(f"{path}: cannot be decoded as {what}: {said}; the file is damaged or truncated") from exc
 
 
 def check_declared_size(
@@ -52,7 +53,7 @@ def check_declared_size(
             "that are decoded in one piece; save it as a tiled TIFF"
         )
 
-# %% ../../nbs/10c_data.raster.ipynb #ae349229
+# %% ../../nbs/10c_data.raster.ipynb #6a006c9a
 class RasterPixels:
     "An image that decodes in one piece. Region reads come from the decoded array, which is kept."
 
@@ -87,7 +88,7 @@ class RasterPixels:
         check_region(self.layout, (y, x, h, w), str(self.path))
         return self.values[y : y + h, x : x + w].copy()
 
-# %% ../../nbs/10c_data.raster.ipynb #297f8608
+# %% ../../nbs/10c_data.raster.ipynb #0961cf00
 _PIL_KINDS = {
     "1": "binary", "L": "grey", "I;16": "grey", "I;16B": "grey", "I": "grey", "F": "grey", "LA": "grey+alpha",
     "P": "palette", "RGB": "rgb", "RGBA": "rgb+alpha", "CMYK": "rgb",
@@ -95,7 +96,7 @@ _PIL_KINDS = {
 _PIL_TYPES = {"I;16": "uint16", "I;16B": "uint16", "I": "int32", "F": "float32"}
 _CHANNELS = {"binary": 1, "grey": 1, "palette": 1, "grey+alpha": 2, "rgb": 3, "rgb+alpha": 4}
 
-# %% ../../nbs/10c_data.raster.ipynb #d944a452
+# %% ../../nbs/10c_data.raster.ipynb #a875e12d
 def pil_layout(
     image: PilImage.Image,  # An opened, not yet decoded image
     path: Path,  # Its file, named in errors
@@ -118,14 +119,14 @@ def pil_layout(
     plane = f"frame 0 of {frames}" if frames > 1 else ""
     return Layout(image.height, image.width, _CHANNELS[kind], dtype, kind, False, palette, size, why, plane)
 
-# %% ../../nbs/10c_data.raster.ipynb #80139ef4
+# %% ../../nbs/10c_data.raster.ipynb #2a7ac752
 def pil_values(
     image: PilImage.Image,  # An opened image
 ) -> np.ndarray:  # (H, W) or (H, W, channels), stored values
     "Decodes with Pillow; CMYK becomes RGB, two-valued pixels become 0 and 1."
     return np.asarray(image.convert("RGB") if image.mode == "CMYK" else image).astype(_PIL_TYPES.get(image.mode, "uint8"))
 
-# %% ../../nbs/10c_data.raster.ipynb #7c3e5bdd
+# %% ../../nbs/10c_data.raster.ipynb #6a78854e
 _WARNINGS = threading.Lock()  # the filters of `warnings` belong to the whole process
 
 
@@ -157,7 +158,7 @@ def _decode_png16(path: Path) -> np.ndarray:
     order = [2, 1, 0, 3][: values.shape[2]]  # OpenCV has blue first
     return values[..., order]
 
-# %% ../../nbs/10c_data.raster.ipynb #6cdfbed3
+# %% ../../nbs/10c_data.raster.ipynb #06d9be66
 def open_png(
     path: Path,  # A file that starts with the PNG signature
 ) -> RasterPixels:  # Checked, not decoded
@@ -176,7 +177,7 @@ def open_png(
         return RasterPixels(path, deep, lambda: _decode_png16(path))
     return RasterPixels(path, layout, lambda: decode_pil(path, "PNG"))
 
-# %% ../../nbs/10c_data.raster.ipynb #c82fcc17
+# %% ../../nbs/10c_data.raster.ipynb #a9a84c4b
 def open_jpeg(
     path: Path,  # A file that starts with the JPEG signature
 ) -> RasterPixels:  # Not decoded

@@ -5,20 +5,28 @@
 # %% auto #0
 __all__ = ['FOLDER', 'load_folder', 'FolderSource', 'load_source', 'SOURCES', 'Source']
 
-# %% ../../nbs/19f_data.source.ipynb #79d739e5
+# %% ../../nbs/19f_data.source.ipynb #d94738b8
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.paths import data_root
 from ..core.registry import EqError, unknown_name
-from . import source_classes, source_em, source_glom, source_synthetic, source_vegf  # noqa: F401  importing registers the built-in sources
+from eq.data import (  # noqa: F401  importing registers the built-in sources
+    source_classes,
+    source_em,
+    source_glom,
+    source_public,
+    source_public_classes,
+    source_synthetic,
+    source_vegf,
+)
 from .catalogue import SOURCES, Source, add_source, require_folder
 from .cohort import Cohort, info_path, load_cohort
 from .organize import organize_folder
 
 _all_ = ["SOURCES", "Source"]
 
-# %% ../../nbs/19f_data.source.ipynb #25cb5ac9
+# %% ../../nbs/19f_data.source.ipynb #d1995ddc
 def load_folder(
     folder: str | Path,  # An organised folder, or one whose images and masks can be paired by name
 ) -> Cohort:  # Its images
@@ -55,7 +63,7 @@ FOLDER = add_source(
     )
 )
 
-# %% ../../nbs/19f_data.source.ipynb #89374ed0
+# %% ../../nbs/19f_data.source.ipynb #cfb4b285
 def load_source(
     name: str | Path,  # A name of SOURCES, a cohort CSV, or a folder of images
     root: str | Path | None = None,  # The data root; None: EQ__DATA__ROOT or its default. For "folder", the folder

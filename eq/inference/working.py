@@ -6,7 +6,7 @@
 __all__ = ['MAX_RATIO', 'PIECE_PX', 'WorkingScale', 'working_scale', 'Source', 'ArraySource', 'axis_weights', 'Working',
            'resize_rows']
 
-# %% ../../nbs/40a_inference.working.ipynb #6c29b5d6
+# %% ../../nbs/40a_inference.working.ipynb #62f36e3f
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +19,7 @@ from scipy import sparse
 from ..core.registry import EqError
 from ..core.results import CheckpointMeta, Tile
 
-# %% ../../nbs/40a_inference.working.ipynb #21912415
+# %% ../../nbs/40a_inference.working.ipynb #65b2afd5
 MAX_RATIO = 16.0  # beyond this ratio of pixel sizes somebody mistook nm for um
 
 
@@ -48,7 +48,7 @@ def working_scale(
     factor = meta.scale * ratio
     return WorkingScale(factor, f"pixel size {px_size_um:g} um, training {meta.px_size_um:g} um: made smaller by {factor:g}")
 
-# %% ../../nbs/40a_inference.working.ipynb #b9d16030
+# %% ../../nbs/40a_inference.working.ipynb #9791d04b
 class Source(Protocol):
     "An image that can be read by region; `eq.data.io.Image` is one."
 
@@ -91,7 +91,7 @@ class ArraySource:
         "The region as a view."
         return self.pixels[y : None if h is None else y + h, x : None if w is None else x + w]
 
-# %% ../../nbs/40a_inference.working.ipynb #a5ef7880
+# %% ../../nbs/40a_inference.working.ipynb #af262f14
 def axis_weights(
     size_in: int,  # Original pixels along this axis
     size_out: int,  # Working pixels along this axis
@@ -117,7 +117,7 @@ def axis_weights(
     matrix = sparse.csr_array((weight.ravel().astype(np.float32), (rows, cells.ravel() - first)), (len(i), last - first + 1))
     return first, matrix
 
-# %% ../../nbs/40a_inference.working.ipynb #dc57e581
+# %% ../../nbs/40a_inference.working.ipynb #00e2da9e
 class Working:
     "A source seen at working resolution."
 
@@ -125,11 +125,12 @@ class Working:
         self,
         source: Source,  # The image
         factor: float = 1.0,  # Original pixels that one working pixel spans along one side
+        size: tuple[int, int] | None = None,  # (height, width) of the image that the source is a coarser level of
     ):
-        if not 0 < factor <= min(source.height, source.width):
-            raise EqError(f"cannot make {source.height}x{source.width} pixels smaller by {factor:g}; valid: above 0, and one pixel must remain")
-        self.source, self.factor = source, factor
-        self.height, self.width = (max(1, round(n / factor)) for n in (source.height, source.width))
+        self.source, self.factor, self.size = source, factor, size or (source.height, source.width)
+        if not 0 < factor <= min(self.size):
+            raise EqError(f"cannot make {self.size[0]}x{self.size[1]} pixels smaller by {factor:g}; valid: above 0, and one pixel must remain")
+        self.height, self.width = (max(1, round(n / factor)) for n in self.size)
 
     def rgb(
         self,
@@ -142,7 +143,7 @@ class Working:
         full = self.source
         if (self.height, self.width) == (full.height, full.width):
             return full.rgb(y, x, h, w)
-        k = round(self.factor)
+        k = round(full.height / self.height)
         if k > 1 and (self.height * k, self.width * k) == (full.height, full.width):
             return cv2.resize(full.rgb(y * k, x * k, h * k, w * k), (w, h), interpolation=cv2.INTER_AREA)
         top, down = axis_weights(full.height, self.height, y, y + h)
@@ -155,14 +156,14 @@ class Working:
     def original(
         self,
         tile: Tile,  # In working pixels
-    ) -> Tile:  # In pixels of the source, covering at least the same area
-        "Where a tile lies in the source."
-        fy, fx = self.source.height / self.height, self.source.width / self.width
+    ) -> Tile:  # In pixels of the image, covering at least the same area
+        "Where a tile lies in the image."
+        fy, fx = self.size[0] / self.height, self.size[1] / self.width
         top, left = int(tile.y * fy), int(tile.x * fx)
-        bottom, right = min(self.source.height, int(np.ceil((tile.y + tile.h) * fy))), min(self.source.width, int(np.ceil((tile.x + tile.w) * fx)))
+        bottom, right = min(self.size[0], int(np.ceil((tile.y + tile.h) * fy))), min(self.size[1], int(np.ceil((tile.x + tile.w) * fx)))
         return Tile(top, left, bottom - top, right - left)
 
-# %% ../../nbs/40a_inference.working.ipynb #24c4df44
+# %% ../../nbs/40a_inference.working.ipynb #a780f40b
 PIECE_PX = 2**22  # most pixels that are handed out at once
 
 

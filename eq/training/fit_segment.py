@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FitOptions', 'channel_stats', 'Fit', 'end_epoch', 'FitResult', 'fit_segment']
 
-# %% ../../nbs/36_training.fit_segment.ipynb #a20e119d
+# %% ../../nbs/36_training.fit_segment.ipynb #2398b0ee
 # fastai builds much of itself at run time, where a type checker cannot follow
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ from .loss import LOSSES
 from .state import Progress, Trainee, load_state, save_state
 from .validate import Eye, Validation, validate
 
-# %% ../../nbs/36_training.fit_segment.ipynb #30552ddd
+# %% ../../nbs/36_training.fit_segment.ipynb #ac910203
 @dataclass(frozen=True)
 class FitOptions:
     "How a segmentation network is fitted."
@@ -66,7 +66,7 @@ class FitOptions:
         if self.keep not in ("best", "last"):
             raise EqError(f"keep = {self.keep!r}; valid: 'best' or 'last'")
 
-# %% ../../nbs/36_training.fit_segment.ipynb #39cb328f
+# %% ../../nbs/36_training.fit_segment.ipynb #461e04c7
 def channel_stats(
     samples: Sequence[Sample],  # Training images
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:  # Mean and standard deviation per channel, on the 0-1 scale
@@ -74,7 +74,7 @@ def channel_stats(
     pixels = np.concatenate([s.image.reshape(-1, s.image.shape[-1])[::7] for s in samples]).astype(np.float64) / 255
     return tuple(pixels.mean(0).round(6).tolist()), tuple(np.maximum(pixels.std(0), 1 / 255).round(6).tolist())
 
-# %% ../../nbs/36_training.fit_segment.ipynb #2b96f305
+# %% ../../nbs/36_training.fit_segment.ipynb #2ad7bdb3
 class Fit:
     "A training run in a folder. Use `fit_segment`."
 
@@ -134,7 +134,7 @@ class Fit:
         found = {"validation_dice": score.dice, "step": self.clock.step, "seconds": self.clock.seconds(), **metrics}
         return replace(self.meta, threshold=score.threshold, tta=score.tta, metrics=found)
 
-# %% ../../nbs/36_training.fit_segment.ipynb #0853c46c
+# %% ../../nbs/36_training.fit_segment.ipynb #515d5dfb
 def end_epoch(
     fit: Fit,  # The run
     loss: float,  # Mean training loss of the epoch
@@ -160,7 +160,7 @@ def end_epoch(
     fit.stream.start = clock.step * fit.options.batch_size
     return finished
 
-# %% ../../nbs/36_training.fit_segment.ipynb #d4d9bf64
+# %% ../../nbs/36_training.fit_segment.ipynb #4f98d6b8
 @dataclass(frozen=True)
 class FitResult:
     "What a training run leaves behind."
@@ -217,17 +217,16 @@ def fit_segment(
     options: FitOptions,  # How
     meta: CheckpointMeta,  # Description: task, architecture, scale, data; the rest is filled in
     folder: Path | str,  # Run folder
-    resume: bool = False,  # Go on from the last saved epoch in `folder`
+    resume: bool = False,  # Go on from the last checkpoint in `folder`, from the first step where there is none
 ) -> FitResult:  # What was written
-    "Trains a network and leaves a checkpoint. Raises EqError for missing images, a diverged loss, a full disk, nothing to resume."
+    "Trains a network and leaves a checkpoint. Raises EqError for missing images, a diverged loss, a full disk."
     if not train or not valid:
         raise EqError(f"{len(train)} training and {len(valid)} validation images; valid: at least one of each")
     seed_everything(options.seed)
     mean, std = channel_stats(train)
     meta = replace(meta, mean=mean, std=std, tile=options.crops.size, params=plain({**meta.params, "fit": asdict(options)}))
     fit = Fit(model, train, valid, options, meta, Path(folder))
-    if resume:
-        load_state(fit.folder / "checkpoints", fit.trainee)
+    if resume and load_state(fit.folder / "checkpoints", fit.trainee):
         progress = fit.trainee.progress
         fit.clock.step, fit.clock.seconds_before = progress.step, progress.seconds
         fit.stream.start = progress.step * options.batch_size

@@ -6,7 +6,7 @@
 __all__ = ['RESUME', 'Progress', 'random_state', 'set_random_state', 'optimizer_state', 'set_optimizer_state', 'point', 'prune',
            'Trainee', 'save_state', 'load_state']
 
-# %% ../../nbs/33_training.state.ipynb #dbc55303
+# %% ../../nbs/33_training.state.ipynb #bfa726ea
 import os
 import random
 import shutil
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core.files import read_json, write_json
+from ..core.files import read_json, sync, write_json
 from ..core.registry import EqError
 from ..core.results import CheckpointMeta
 from ..models.checkpoint import META, load_tensors, save_checkpoint, save_tensors
 
-# %% ../../nbs/33_training.state.ipynb #9266ed8d
+# %% ../../nbs/33_training.state.ipynb #100f160f
 @dataclass
 class Progress:
     "Where a training run stands. Plain values only."
@@ -64,7 +64,7 @@ def set_random_state(
     version, numbers, gauss = values["python"]
     random.setstate((version, tuple(numbers), gauss))
 
-# %% ../../nbs/33_training.state.ipynb #ee5e03d0
+# %% ../../nbs/33_training.state.ipynb #ae8415ed
 def optimizer_state(
     optimizer: torch.optim.Optimizer,  # Any torch optimiser
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:  # Its tensors by flat name, its parameter groups
@@ -88,7 +88,7 @@ def set_optimizer_state(
     groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in groups]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-# %% ../../nbs/33_training.state.ipynb #e1ab9b48
+# %% ../../nbs/33_training.state.ipynb #150d4d7c
 RESUME = "resume"
 
 
@@ -101,6 +101,7 @@ def point(
     temp.unlink(missing_ok=True)
     temp.symlink_to(folder.name, target_is_directory=True)
     os.replace(temp, link)
+    sync(link.parent)  # on the disk before an older checkpoint goes
 
 
 def prune(
@@ -112,7 +113,7 @@ def prune(
         if step.resolve() not in kept:
             shutil.rmtree(step)
 
-# %% ../../nbs/33_training.state.ipynb #010e5582
+# %% ../../nbs/33_training.state.ipynb #0d05b488
 @dataclass
 class Trainee:
     "The parts of a training run that change while it runs."
@@ -149,15 +150,15 @@ def save_state(
     prune(checkpoints)
     return folder
 
-# %% ../../nbs/33_training.state.ipynb #ca425606
+# %% ../../nbs/33_training.state.ipynb #7c5aa235
 def load_state(
     checkpoints: Path,  # Folder with the link `last`
     trainee: Trainee,  # Fresh parts of the same shapes; filled in place
-) -> None:
-    "Puts a training run back to its last checkpoint. Raises EqError when there is none or it does not fit."
+) -> bool:  # False where no checkpoint was finished: the run starts at its first step
+    "Puts a training run back to its last checkpoint. Raises EqError when that does not fit."
     folder = checkpoints / "last"
     if not (folder / f"{RESUME}.json").is_file():
-        raise EqError(f"{checkpoints.parent}: nothing to resume, no finished checkpoint in {checkpoints}")
+        return False
     about = read_json(folder / f"{RESUME}.json")
     tensors = load_tensors(folder / f"{RESUME}.safetensors", about["sha256"])
     weights = load_tensors(folder / "model.safetensors", read_json(folder / META)["weights_sha256"])
@@ -172,3 +173,4 @@ def load_state(
     if best.is_dir():  # killed between turning `last` and turning `best`
         point(checkpoints / "best", best)
     set_random_state(tensors, about["random"])
+    return True

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'Benchmark', 'BENCHES', 'Row', 'Sitting', 'plot_rows', 'write_plot', 'load_bench', 'command']
 
-# %% ../../nbs/77_workflows.bench.ipynb #a8afa998
+# %% ../../nbs/77_workflows.bench.ipynb #7c749a3a
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ from ..core.paths import repo_root
 from ..core.provenance import code_version
 from ..core.registry import Registry
 
-# %% ../../nbs/77_workflows.bench.ipynb #13b6d9b0
+# %% ../../nbs/77_workflows.bench.ipynb #50c5fb2f
 COLUMNS = ["bench", "variant", "metric", "value", "unit", "seed", "run", "date", "commit", "command"]
 
 
@@ -52,14 +52,14 @@ class Sitting:
         "Adds rows to the CSV of the benchmark, whole or not at all."
         path = (folder or repo_root() / "benchmarks" / "results") / f"{self.bench}.csv"
         stamp = {"bench": self.bench, "run": self.run, "date": f"{datetime.now(UTC):%Y-%m-%d}",
-                 "commit": str(code_version().get("git") or ""), "command": self.command}
+                 "commit": str(code_version().get("commit") or ""), "command": self.command}
         new = pd.DataFrame([{**asdict(r), **stamp} for r in rows], columns=COLUMNS)
         old = [pd.read_csv(path, dtype={"seed": str, "run": str}, keep_default_na=False)] if path.is_file() else []
         with atomic_write(path) as temp:
             pd.concat([*old, new], ignore_index=True).to_csv(temp, index=False)
         return path
 
-# %% ../../nbs/77_workflows.bench.ipynb #3b0517d4
+# %% ../../nbs/77_workflows.bench.ipynb #796e4255
 def plot_rows(
     table: pd.DataFrame,  # Rows of one run
     metrics: list[str],  # What to show, one panel each
@@ -89,12 +89,14 @@ def write_plot(
         plot_rows(table, metrics).savefig(temp, format="png", dpi=130)
     return csv.with_suffix(".png")
 
-# %% ../../nbs/77_workflows.bench.ipynb #0a400223
+# %% ../../nbs/77_workflows.bench.ipynb #87e1c1bf
 Benchmark = Callable[[Sitting, float | None, tuple[int, ...] | None, list[str] | None], None]
 BENCHES: Registry[str] = Registry("benchmark")  # name to "module:function"
 BENCHES.register("em")("eq.workflows.bench_segment:bench_em")
 BENCHES.register("glom")("eq.workflows.bench_segment:bench_glom")
 BENCHES.register("tiles")("eq.workflows.bench_tiles:bench_tiles")
+BENCHES.register("lucchi")("eq.workflows.bench_lucchi:bench_lucchi")
+BENCHES.register("slide")("eq.workflows.bench_slide:bench_slide")
 
 
 def load_bench(
@@ -108,7 +110,7 @@ def load_bench(
 
 
 def command(
-    name: Annotated[str, typer.Argument(help="em, glom, tiles, or all of them")],  # A registered benchmark, or "all"
+    name: Annotated[str, typer.Argument(help="em, glom, tiles, lucchi, slide, or all of them")],  # A registered benchmark, or "all"
     minutes: Annotated[float | None, typer.Option(help="Training time of each method [params.yaml: bench.minutes]")] = None,  # Minutes
     seed: Annotated[list[int] | None, typer.Option(help="Seeds, one --seed each [params.yaml: bench.seeds]")] = None,  # Seeds
     only: Annotated[list[str] | None, typer.Option(help="Measure only this variant, one --only each")] = None,  # Names of variants

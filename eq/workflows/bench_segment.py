@@ -6,7 +6,7 @@
 __all__ = ['Scored', 'pieces', 'score_case', 'summary_rows', 'difference_rows', 'Protocol', 'run_protocol', 'bench_em',
            'bench_glom']
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #93a2a853
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #e86dbfa5
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ from ..training.classic import ClassicOptions, best_rate
 from .bench import Row, Sitting, write_plot
 from .bench_variants import ORDER, VARIANTS, Case, Predictor
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #69a8f061
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #47c96374
 @dataclass(frozen=True)
 class Scored:
     "One test image (or quadrant) scored."
@@ -69,7 +69,7 @@ def score_case(
             found.append(Scored(variant, case.seed, case.fold, sample.name, name, pixel, detection_scores(labels[where], truth[where])))
     return found
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #7a94c5cf
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #bddb2295
 def summary_rows(
     scored: Sequence[Scored],  # One variant and seed, all folds
 ) -> list[Row]:  # iou, dice, mean_dice, detection_rate, detection_f1
@@ -101,11 +101,11 @@ def difference_rows(
             rows.append(Row(f"{first} - {second}", f"{metric}_difference{what}", round(value, 4), unit=f"{gap.n_units} units", seed="all"))
     return rows
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #8b18b64a
-def _splits(name: str, source: str) -> list[Split]:
-    "The declared split of em; three grouped folds of glom."
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #827c5d18
+def _splits(source: str) -> list[Split]:
+    "The declared split where the source declares one; else three grouped folds."
     cohort = load_source(source)
-    if name == "em":
+    if all(cohort.table["part"]):
         return [split_cohort(cohort, "declared", purpose="bench")]
     return [split_cohort(cohort, "grouped_kfold", purpose="bench", k=3, fold=f, seed=0) for f in range(3)]
 
@@ -133,7 +133,7 @@ def run_protocol(
     minutes, seeds, chosen = minutes or config.bench.minutes, seeds or config.bench.seeds, [v for v in ORDER if v in (only or ORDER)]
     for name in only or []:
         VARIANTS[name]
-    splits, scored = _splits(protocol.name, protocol.source), []
+    splits, scored = _splits(protocol.source), []
     base = outputs_root() / "bench" / f"{protocol.name}-{sitting.run}"
     base.mkdir(parents=True, exist_ok=True)
     lr = ClassicOptions().lr
@@ -144,7 +144,7 @@ def run_protocol(
         cases = [Case(protocol.name, protocol.task, s, seed, f, minutes, base / f"seed{seed}-fold{f}", lr) for f, s in enumerate(splits)]
         for variant in [v for v in chosen if v != "nnunet" or seed == seeds[0]]:
             scored += _measure(cases, variant, protocol.cut, sitting)
-    rows = [r for other in chosen for v in ("eq", "eq_quarter", "eq_equal_crops") if v != other for r in difference_rows(scored, v, other)]
+    rows = [r for other in chosen if not other.startswith("eq") for v in ("eq", "eq_quarter", "eq_equal_crops") for r in difference_rows(scored, v, other)]
     if rows:
         sitting.append(rows)
     path = sitting.append([])

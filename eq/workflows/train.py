@@ -6,7 +6,7 @@
 __all__ = ['CLASSES', 'SCRATCH', 'HELP', 'app', 'TrainRequest', 'settings', 'fit_options', 'common_px_size', 'working_factor',
            'train_segmentation', 'options', 'train_command']
 
-# %% ../../nbs/73_workflows.train.ipynb #8eb89355
+# %% ../../nbs/73_workflows.train.ipynb #a89ee821
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from inspect import Parameter, Signature
@@ -17,7 +17,7 @@ import numpy as np
 import typer
 
 from ..core.config import Config, TaskConfig, TrainConfig, load_config
-from ..core.provenance import Run, code_version, start_run
+from ..core.provenance import LOG, Run, code_version, start_run
 from ..core.registry import EqError, unknown_name
 from ..core.results import CheckpointMeta
 from ..data.block import load_samples, speck_area
@@ -30,7 +30,7 @@ from ..models.unet import create_unet
 from ..training.fit_segment import FitOptions, FitResult, fit_segment
 from ..training.transfer import transfer_weights
 
-# %% ../../nbs/73_workflows.train.ipynb #ecd7ae39
+# %% ../../nbs/73_workflows.train.ipynb #a72129da
 CLASSES = {"mito": "mitochondrion", "glom": "glomerulus"}  # task, and the name of what it finds
 SCRATCH = "scratch"
 
@@ -75,7 +75,7 @@ def settings(
             raise EqError(f"training option out of range: {str(error).splitlines()[1]} {str(error).splitlines()[2].strip()}") from error
     return made[0], made[1]
 
-# %% ../../nbs/73_workflows.train.ipynb #a434490e
+# %% ../../nbs/73_workflows.train.ipynb #da8e0bce
 def fit_options(
     train: TrainConfig,  # Section train
     task: TaskConfig,  # Section of the task
@@ -117,7 +117,7 @@ def common_px_size(
         raise EqError(f"{cohort.name}: pixel sizes {sorted(sizes)} um (and {unknown} unknown) are mixed; train on one")
     return sizes.pop() if sizes else None
 
-# %% ../../nbs/73_workflows.train.ipynb #f8040b97
+# %% ../../nbs/73_workflows.train.ipynb #f3d786e6
 def working_factor(
     task: TaskConfig,  # Section of the task
     px_size_um: float | None,  # Of the training images, None where unknown
@@ -128,7 +128,7 @@ def working_factor(
         return given
     return task.scale if px_size_um is None else round(task.working_um / px_size_um, 6)
 
-# %% ../../nbs/73_workflows.train.ipynb #78ef4288
+# %% ../../nbs/73_workflows.train.ipynb #6e80afa8
 def _train(request: TrainRequest, split: Split, run: Run) -> FitResult:
     "Reads, builds, fits; inside a run that writes the manifest."
     train, task = settings(request.task, request.values)
@@ -165,6 +165,8 @@ def train_segmentation(
 ) -> FitResult:  # Its `.folder` holds the checkpoint and the manifest
     "Trains in a run folder. Raises EqError for bad images (all of them listed), bad options, leaks and full disks; what was finished is kept."
     settings(request.task, request.values)
+    if request.resume and not (request.out and Path(request.out, LOG).is_file()):
+        raise EqError(f"nothing to resume in {request.out}: give --out the folder of the run that was interrupted")
     split = request.prepared or split_cohort(_cohort(request), **request.split)
     for part in (split.train, split.validate):
         require_good_pairs(part, allow_empty=True)
@@ -175,7 +177,7 @@ def train_segmentation(
         run.log.info("trained", validation_dice=round(result.meta.metrics["validation_dice"], 3), crops=result.crops, seconds=round(result.seconds))
     return result
 
-# %% ../../nbs/73_workflows.train.ipynb #abee0f0e
+# %% ../../nbs/73_workflows.train.ipynb #8dfe3e00
 HELP = {"source": "Registered source, cohort CSV, or folder of images and masks", "out": "Run folder [default: a new one below outputs/]",
         "start": "'scratch', or the checkpoint folder to start from", "scheme": "How images are split [default: what the source declares]",
         "fold": "Which fold is the test part (grouped k-fold)", "resume": "Go on in --out from its last checkpoint"}
@@ -199,7 +201,7 @@ def options(
             for n, f in fields.items()]
     return first + keys
 
-# %% ../../nbs/73_workflows.train.ipynb #b408bfcb
+# %% ../../nbs/73_workflows.train.ipynb #b8ea622a
 def train_command(
     task: str,  # "mito" or "glom"
 ) -> Callable[..., None]:  # For Typer
