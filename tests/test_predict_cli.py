@@ -244,7 +244,7 @@ def long_run(model, tmp_path) -> Iterator[subprocess.Popen]:
     args = ["predict", first, large, "--model", model, "--out", tmp_path / "out", "--backend", "torch"]
     child = subprocess.Popen([sys.executable, "-m", "eq", *map(str, args)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 240
-    while len(list((tmp_path / "out").glob(".work/large/0*.npz"))) < 3 and child.poll() is None:
+    while len(list((tmp_path / "out").glob(".work/large/0*.safetensors"))) < 3 and child.poll() is None:
         assert time.monotonic() < end, "the run did not reach the large image"
         time.sleep(0.05)
     yield child

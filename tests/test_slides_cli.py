@@ -104,7 +104,7 @@ def test_killed_workers_lose_no_tile(lab, local):
     seen = -1
     while child.poll() is None and kills < 4:
         time.sleep(0.05)
-        tiles = len(list((out / ".work" / "large").glob("0*.npz"))) if out.exists() else 0
+        tiles = len(list((out / ".work" / "large").glob("0*.safetensors"))) if out.exists() else 0
         workers = workers_of(child.pid)
         if tiles > max(seen, 0) and workers:
             os.kill(workers[kills % len(workers)].pid, signal.SIGKILL)

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['KEY', 'StoredTile', 'TileStore']
 
-# %% ../../nbs/40c_inference.store.ipynb #6f786ea8
+# %% ../../nbs/40c_inference.store.ipynb #fc95fee6
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from ..core.files import atomic_write, read_json, write_json
 from ..core.registry import EqError
 
-# %% ../../nbs/40c_inference.store.ipynb #6750dccd
+# %% ../../nbs/40c_inference.store.ipynb #ad0d6fc9
 KEY = "key.json"
 
 
@@ -53,13 +54,13 @@ class TileStore:
     def path(
         self,
         number: int,  # In the plan
-    ) -> Path:  # *.npz
+    ) -> Path:  # *.safetensors
         "Where a tile lies."
-        return self.folder / f"{number:06d}.npz"
+        return self.folder / f"{number:06d}.safetensors"
 
     def done(self) -> set[int]:  # Numbers in the plan
         "Tiles that are there."
-        return {int(p.stem) for p in self.folder.glob("[0-9]*.npz")}
+        return {int(p.stem) for p in self.folder.glob("[0-9]*.safetensors")}
 
     def put(
         self,
@@ -68,7 +69,7 @@ class TileStore:
     ) -> None:
         "Keeps a tile. Raises EqError when the disk is full."
         with atomic_write(self.path(number)) as temp:
-            np.savez(temp, values=tile.values.astype(np.float16), limits=np.array([tile.darkest, tile.brightest]))
+            save_file({"values": np.ascontiguousarray(tile.values, np.float16), "limits": np.array([tile.darkest, tile.brightest])}, temp)
 
     def get(
         self,
@@ -76,10 +77,10 @@ class TileStore:
     ) -> StoredTile:  # As it was put, rounded to 16 bits
         "A tile. Raises EqError for one that is not there or damaged."
         try:
-            with np.load(self.path(number), allow_pickle=False) as found:
-                darkest, brightest = (int(v) for v in found["limits"])
-                return StoredTile(found["values"].astype(np.float32), darkest, brightest)
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            found = load_file(self.path(number))
+            darkest, brightest = (int(v) for v in found["limits"])
+            return StoredTile(found["values"].astype(np.float32), darkest, brightest)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise EqError(f"{self.path(number)}: stored tile cannot be read ({error}); delete it and resume") from error
 
     def clear(self) -> None:
