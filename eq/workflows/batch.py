@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['T', 'R', 'Mapper', 'Engine', 'ENGINES', 'Cluster', 'map_here', 'local_engine', 'dask_engine']
 
-# %% ../../nbs/74b_workflows.batch.ipynb #515db65d
+# %% ../../nbs/74b_workflows.batch.ipynb #71601e75
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from ..core.registry import EqError, Registry
 
-# %% ../../nbs/74b_workflows.batch.ipynb #8cfad9cc
+# %% ../../nbs/74b_workflows.batch.ipynb #1f444dab
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -54,7 +54,7 @@ def local_engine(
     "This process."
     yield map_here
 
-# %% ../../nbs/74b_workflows.batch.ipynb #76a5c401
+# %% ../../nbs/74b_workflows.batch.ipynb #bbc802ca
 def _client(cluster: Cluster) -> Any:
     "A connection to a scheduler, started here if none is named."
     try:

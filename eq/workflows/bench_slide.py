@@ -6,7 +6,7 @@
 __all__ = ['PX_UM', 'FILES', 'SlidePlan', 'on_tissue', 'slide_bands', 'write_slide', 'Watched', 'watch_predict', 'fingerprint',
            'measure_slide', 'bench_slide']
 
-# %% ../../nbs/77e_workflows.bench_slide.ipynb #6a57e15b
+# %% ../../nbs/77e_workflows.bench_slide.ipynb #0ceac4b3
 import signal
 import subprocess
 import sys
@@ -31,7 +31,7 @@ from ..data.synthetic_kidney import KidneySpec, make_kidney_field
 from .bench import Row, Sitting
 from .train import TrainRequest, train_segmentation
 
-# %% ../../nbs/77e_workflows.bench_slide.ipynb #cbeacd36
+# %% ../../nbs/77e_workflows.bench_slide.ipynb #51ec6d60
 PX_UM = 0.5  # of the slide
 
 
@@ -75,7 +75,7 @@ def write_slide(
     size = TiffPlan(plan.side, plan.side, np.uint8, 3, px_size_um=PX_UM, description="synthetic")
     return write_tiff_pyramid(plan.folder / "slide.ome.tif", lambda: slide_bands(plan), size)
 
-# %% ../../nbs/77e_workflows.bench_slide.ipynb #e6c6d951
+# %% ../../nbs/77e_workflows.bench_slide.ipynb #6a5b014a
 @dataclass(frozen=True)
 class Watched:
     "One run of `eq predict`."
@@ -121,7 +121,7 @@ def watch_predict(
         log.seek(0)
         return Watched(time.monotonic() - start, peak, code, log.read()[-2000:])
 
-# %% ../../nbs/77e_workflows.bench_slide.ipynb #d20bc961
+# %% ../../nbs/77e_workflows.bench_slide.ipynb #dbccc441
 FILES = ("mask.ome.tif", "labels.ome.tif", "objects.geojson", "instances.csv")
 
 
@@ -164,7 +164,7 @@ def measure_slide(
              Row("eq_dask", "workers", workers), Row("eq_dask", "peak_rss", spread.peak_mb, "MB")]
     return rows
 
-# %% ../../nbs/77e_workflows.bench_slide.ipynb #2b214a65
+# %% ../../nbs/77e_workflows.bench_slide.ipynb #142f56a4
 def bench_slide(
     sitting: Sitting,  # What to append to
     minutes: float | None = None,  # Training time of the network; None: 1

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERBS', 'Verb', 'add_verb', 'epilog', 'load_verb', 'overview', 'run_verb', 'main']
 
-# %% ../../nbs/70_workflows.cli.ipynb #6c0a8dc9
+# %% ../../nbs/70_workflows.cli.ipynb #927ddbd5
 import os
 import sys
 import warnings
@@ -20,7 +20,7 @@ from typer.main import get_command
 
 from ..core.registry import EqError, Registry
 
-# %% ../../nbs/70_workflows.cli.ipynb #fb59cc1e
+# %% ../../nbs/70_workflows.cli.ipynb #8d385a4f
 @dataclass(frozen=True)
 class Verb:
     "A verb of the command, not yet loaded."
@@ -42,7 +42,7 @@ def add_verb(
     "Register a verb. Raises EqError when the name is taken."
     VERBS.register(name)(Verb(module, summary, examples))
 
-# %% ../../nbs/70_workflows.cli.ipynb #0eb0da7c
+# %% ../../nbs/70_workflows.cli.ipynb #f774467a
 add_verb("demo", "eq.workflows.demo", "Train and test on synthetic images, from nothing to a report.", "eq demo", "eq demo --out outputs/demo --seed 1")
 add_verb(
     "data", "eq.workflows.data", "List, show and organise sources of images; join score sheets.",
@@ -65,7 +65,7 @@ add_verb("bench", "eq.workflows.bench", "Measure side by side with peers.", "eq 
 add_verb("audit", "eq.workflows.audit", "Find images and subjects that leak between the parts of a split.", "eq audit glom_pas", "eq audit mine.csv --scheme grouped_kfold")
 add_verb("verify", "eq.workflows.verify", "Check a run's files against its manifest.", "eq verify outputs/demo")
 
-# %% ../../nbs/70_workflows.cli.ipynb #dd2c95a7
+# %% ../../nbs/70_workflows.cli.ipynb #f9745dd9
 def epilog(
     examples: tuple[str, ...],  # Commands as typed
 ) -> str:  # Text for the end of a help page
@@ -97,7 +97,7 @@ def overview() -> Any:  # The click command that prints `eq --help`
         app.command(name, help=VERBS[name].summary)(lambda: None)
     return get_command(app)
 
-# %% ../../nbs/70_workflows.cli.ipynb #868cf823
+# %% ../../nbs/70_workflows.cli.ipynb #43f5674b
 def run_verb(
     args: list[str],  # What was typed after `eq`
 ) -> int:  # Exit code

@@ -6,7 +6,7 @@
 __all__ = ['CLASSES', 'SCRATCH', 'HELP', 'app', 'TrainRequest', 'settings', 'fit_options', 'common_px_size', 'working_factor',
            'train_segmentation', 'options', 'train_command']
 
-# %% ../../nbs/73_workflows.train.ipynb #a89ee821
+# %% ../../nbs/73_workflows.train.ipynb #fb3d8518
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from inspect import Parameter, Signature
@@ -25,12 +25,13 @@ from ..data.cohort import Cohort
 from ..data.crops import CropPlan, Sample
 from ..data.mask import require_good_pairs
 from ..data.source import load_source
+from ..data.leakage import check_leaks
 from ..data.split import Split, split_cohort
 from ..models.unet import create_unet
 from ..training.fit_segment import FitOptions, FitResult, fit_segment
 from ..training.transfer import transfer_weights
 
-# %% ../../nbs/73_workflows.train.ipynb #a72129da
+# %% ../../nbs/73_workflows.train.ipynb #0c36a198
 CLASSES = {"mito": "mitochondrion", "glom": "glomerulus"}  # task, and the name of what it finds
 SCRATCH = "scratch"
 
@@ -46,6 +47,7 @@ class TrainRequest:
     split: dict[str, Any] = field(default_factory=dict)  # options of eq.data.split.split_cohort: scheme, k, fold, seed
     values: dict[str, Any] = field(default_factory=dict)  # keys of params.yaml, sections train and the task's
     resume: bool = False  # go on in `out`
+    allow_leak: str | None = None  # the reason to train although images leak between the parts
     prepared: Split | None = None  # a split made before; `source` and `split` are then not looked at
     quiet: bool = False  # no progress bar
 
@@ -75,7 +77,7 @@ def settings(
             raise EqError(f"training option out of range: {str(error).splitlines()[1]} {str(error).splitlines()[2].strip()}") from error
     return made[0], made[1]
 
-# %% ../../nbs/73_workflows.train.ipynb #da8e0bce
+# %% ../../nbs/73_workflows.train.ipynb #65e08189
 def fit_options(
     train: TrainConfig,  # Section train
     task: TaskConfig,  # Section of the task
@@ -117,7 +119,7 @@ def common_px_size(
         raise EqError(f"{cohort.name}: pixel sizes {sorted(sizes)} um (and {unknown} unknown) are mixed; train on one")
     return sizes.pop() if sizes else None
 
-# %% ../../nbs/73_workflows.train.ipynb #f3d786e6
+# %% ../../nbs/73_workflows.train.ipynb #0a8165c0
 def working_factor(
     task: TaskConfig,  # Section of the task
     px_size_um: float | None,  # Of the training images, None where unknown
@@ -128,7 +130,7 @@ def working_factor(
         return given
     return task.scale if px_size_um is None else round(task.working_um / px_size_um, 6)
 
-# %% ../../nbs/73_workflows.train.ipynb #6e80afa8
+# %% ../../nbs/73_workflows.train.ipynb #3890f2ca
 def _train(request: TrainRequest, split: Split, run: Run) -> FitResult:
     "Reads, builds, fits; inside a run that writes the manifest."
     train, task = settings(request.task, request.values)
@@ -170,17 +172,20 @@ def train_segmentation(
     split = request.prepared or split_cohort(_cohort(request), **request.split)
     for part in (split.train, split.validate):
         require_good_pairs(part, allow_empty=True)
+    leaks = check_leaks(split, request.allow_leak)
     params = {"task": request.task, "source": split.train.name, "start": str(request.start), "split": request.split, "values": request.values}
     with start_run(f"train-{request.task}", request.out, params, resume=request.resume) as run:
         run.log.info(f"training {request.task} on {split.train.name}", train=len(split.train), validate=len(split.validate), unit=split.unit)
+        run.log.info(f"leaks: {leaks.summary()}")
+        run.add_metrics({"leaks": {"found": leaks.table().to_dict("records"), "allowed": leaks.allowed, "not_looked_at": list(leaks.notes)}})
         result = _train(request, split, run)
         run.log.info("trained", validation_dice=round(result.meta.metrics["validation_dice"], 3), crops=result.crops, seconds=round(result.seconds))
     return result
 
-# %% ../../nbs/73_workflows.train.ipynb #8dfe3e00
+# %% ../../nbs/73_workflows.train.ipynb #a892d396
 HELP = {"source": "Registered source, cohort CSV, or folder of images and masks", "out": "Run folder [default: a new one below outputs/]",
         "start": "'scratch', or the checkpoint folder to start from", "scheme": "How images are split [default: what the source declares]",
-        "fold": "Which fold is the test part (grouped k-fold)", "resume": "Go on in --out from its last checkpoint"}
+        "fold": "Which fold is the test part (grouped k-fold)", "resume": "Go on in --out from its last checkpoint", "allow_leak": "Train although images leak between the parts; the reason is printed in the report"}
 
 
 def _option(name: str, kind: Any, default: Any, text: str, flag: str = "") -> Parameter:
@@ -194,14 +199,15 @@ def options(
     "The command's options: what to train on, then every key of params.yaml for training."
     first = [_option("source", str, Parameter.empty, HELP["source"]), _option("out", Path | None, None, HELP["out"]),
              _option("start", str, SCRATCH, HELP["start"], "--from"), _option("scheme", str | None, None, HELP["scheme"]),
-             _option("fold", int | None, None, HELP["fold"]), _option("resume", bool, False, HELP["resume"], "--resume")]
+             _option("fold", int | None, None, HELP["fold"]), _option("resume", bool, False, HELP["resume"], "--resume"),
+             _option("allow_leak", str | None, None, HELP["allow_leak"])]
     fields = {**TrainConfig.model_fields, **TaskConfig.model_fields}
     kinds = {name: f.annotation if f.annotation in (int, float, bool) else float if name == "minutes" else str for name, f in fields.items()}
     keys = [_option(n, kinds[n] | None, None, f"{f.description} [params.yaml: {'train' if n in TrainConfig.model_fields else task}.{n}]")  # type: ignore[operator]
             for n, f in fields.items()]
     return first + keys
 
-# %% ../../nbs/73_workflows.train.ipynb #b8ea622a
+# %% ../../nbs/73_workflows.train.ipynb #329ef665
 def train_command(
     task: str,  # "mito" or "glom"
 ) -> Callable[..., None]:  # For Typer
@@ -212,7 +218,7 @@ def train_command(
         if given.get("seed") is not None and split["fold"] is not None:
             split["seed"] = load_config().data.seed
         request = TrainRequest(task, given.pop("source"), given.pop("out"), given.pop("start"), {k: v for k, v in split.items() if v is not None},
-                               resume=given.pop("resume"), values={k: v for k, v in given.items() if v is not None})
+                               resume=given.pop("resume"), allow_leak=given.pop("allow_leak"), values={k: v for k, v in given.items() if v is not None})
         result = train_segmentation(request)
         print(f"validation Dice {result.meta.metrics['validation_dice']:.3f} at threshold {result.meta.threshold:.2f}, averaging {result.meta.tta}")
         print(f"checkpoint: {result.folder}")
