@@ -6,7 +6,7 @@
 __all__ = ['Ring', 'MAX_CROSSINGS', 'OBJECT_TYPES', 'trace_polygons', 'fill_rings', 'class_colour', 'labels_to_geojson',
            'write_geojson', 'feature_parts', 'feature_label', 'draw_rings', 'geojson_to_labels', 'read_geojson']
 
-# %% ../../nbs/16_data.annotations.ipynb #1ae6de53
+# %% ../../nbs/16_data.annotations.ipynb #8a01d91f
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -17,13 +17,12 @@ from zlib import crc32
 
 import numpy as np
 from scipy import ndimage
-from scipy import ndimage
 
 from ..core.files import read_json, write_text
 from ..core.registry import EqError
 from .pxsize import checked_px_size
 
-# %% ../../nbs/16_data.annotations.ipynb #ea6eec66
+# %% ../../nbs/16_data.annotations.ipynb #3bfc9393
 Ring = np.ndarray  # (N, 2) int64 of x, y, not closed
 _AHEAD = ((0, 1), (1, 0), (0, -1), (-1, 0))  # along the top, right, bottom and left side of a pixel: y, x
 _OUT = ((-1, 0), (0, 1), (1, 0), (0, -1))
@@ -46,7 +45,7 @@ def _edges(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     pixel, side = np.concatenate(pixels), np.concatenate(sides)
     return pixel, side, np.searchsorted(side * flat.size + pixel, np.concatenate(targets))
 
-# %% ../../nbs/16_data.annotations.ipynb #a5439353
+# %% ../../nbs/16_data.annotations.ipynb #9d56ad23
 def _rings(mask: np.ndarray) -> Iterator[tuple[Ring, int]]:
     # simple rings of corners in padded coordinates, each with one foreground pixel that it belongs to
     pixel, side, following = _edges(mask)
@@ -64,7 +63,7 @@ def _rings(mask: np.ndarray) -> Iterator[tuple[Ring, int]]:
         if path:
             yield from ((corners[part], int(pixel[part[0]])) for part in _simple(path, corners))
 
-# %% ../../nbs/16_data.annotations.ipynb #b675360e
+# %% ../../nbs/16_data.annotations.ipynb #3a3d989c
 def _simple(path: list[int], corners: np.ndarray) -> Iterator[list[int]]:
     # cuts a closed path wherever it comes back to a corner it has been at
     points = list(map(tuple, corners[path].tolist()))
@@ -84,7 +83,7 @@ def _simple(path: list[int], corners: np.ndarray) -> Iterator[list[int]]:
         open_path.append(edge)
     yield open_path
 
-# %% ../../nbs/16_data.annotations.ipynb #462a1122
+# %% ../../nbs/16_data.annotations.ipynb #14f93141
 def _signed_area(ring: Ring) -> float:
     x, y = ring[:, 0], ring[:, 1]
     return float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum()) / 2
@@ -112,7 +111,7 @@ def trace_polygons(
             holes.setdefault(part, []).append(placed)
     return [[outlines[part], *holes.get(part, [])] for part in sorted(outlines)]
 
-# %% ../../nbs/16_data.annotations.ipynb #f2add43c
+# %% ../../nbs/16_data.annotations.ipynb #2988174c
 MAX_CROSSINGS = 2**26  # of edges with pixel rows; drawing needs some 50 bytes for each
 
 
@@ -136,7 +135,7 @@ def fill_rings(
         np.bitwise_xor.at(toggles, (row, np.clip(np.ceil(crossing - 0.5), 0, width).astype(int)), 1)
     return np.bitwise_xor.accumulate(toggles, axis=1)[:, :width].astype(bool)
 
-# %% ../../nbs/16_data.annotations.ipynb #15126e72
+# %% ../../nbs/16_data.annotations.ipynb #63e945eb
 OBJECT_TYPES = ("annotation", "detection")
 _COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 
@@ -160,7 +159,7 @@ def _feature(label: int, mask: np.ndarray, corner: tuple[int, int], scale: float
     identity = str(uuid5(NAMESPACE_OID, f"{name} {parts[0][0][0]}"))
     return {"type": "Feature", "id": identity, "geometry": geometry, "properties": properties | {"name": name}}
 
-# %% ../../nbs/16_data.annotations.ipynb #e959c06c
+# %% ../../nbs/16_data.annotations.ipynb #e42898ce
 def labels_to_geojson(
     labels: np.ndarray,  # (H, W) whole numbers, 0 is background
     px_size_um: float | None = None,  # Of the full resolution; None gives no area in um2
@@ -194,7 +193,7 @@ def _class_of(label: int, classification: str | Mapping[int, str]) -> dict[str, 
         raise EqError(f"object {label} has no class; the classification names {sorted(classification)[:20]}")
     return {"name": name, "color": class_colour(name)}
 
-# %% ../../nbs/16_data.annotations.ipynb #f3e4c30d
+# %% ../../nbs/16_data.annotations.ipynb #2406f665
 def write_geojson(
     path: str | Path,  # Final name, usually *.geojson
     collection: dict[str, Any],  # From `labels_to_geojson`
@@ -204,7 +203,7 @@ def write_geojson(
     head = json.dumps({k: v for k, v in collection.items() if k != "features"}, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return write_text(path, head.removesuffix("}") + ',"features":[\n' + lines + "\n]}\n")
 
-# %% ../../nbs/16_data.annotations.ipynb #39676bdc
+# %% ../../nbs/16_data.annotations.ipynb #759b4554
 def feature_parts(
     feature: Any,  # A GeoJSON feature
     number: int,  # Named in errors
@@ -234,7 +233,7 @@ def feature_label(
     value = found.get("Label") if isinstance(found, dict) else None
     return int(value) if isinstance(value, (int, float)) and 1 <= value < 2**31 and value == int(value) else None
 
-# %% ../../nbs/16_data.annotations.ipynb #2b66a0d3
+# %% ../../nbs/16_data.annotations.ipynb #fff12f9d
 def draw_rings(
     labels: np.ndarray,  # (H, W) int32, drawn into
     rings: list[np.ndarray],  # All rings of one object, each (N, 2) of x, y in pixels
@@ -249,7 +248,7 @@ def draw_rings(
     labels[y0:y1, x0:x1][inside] = label
     return bool(inside.any())
 
-# %% ../../nbs/16_data.annotations.ipynb #76fbc651
+# %% ../../nbs/16_data.annotations.ipynb #eddf03f4
 def geojson_to_labels(
     content: Any,  # Parsed GeoJSON: a FeatureCollection, a list of features or one feature
     height: int,  # Rows of the result
@@ -271,7 +270,7 @@ def geojson_to_labels(
             raise EqError(f"feature {position} covers no pixel of {place}")
     return labels
 
-# %% ../../nbs/16_data.annotations.ipynb #8f096d48
+# %% ../../nbs/16_data.annotations.ipynb #34fd8bba
 def read_geojson(
     path: str | Path,  # A GeoJSON file
     height: int,  # Rows of the image it belongs to

@@ -6,7 +6,7 @@
 __all__ = ['CLASSES', 'SCRATCH', 'HELP', 'app', 'TrainRequest', 'settings', 'fit_options', 'common_px_size', 'working_factor',
            'train_segmentation', 'options', 'train_command']
 
-# %% ../../nbs/73_workflows.train.ipynb #fb3d8518
+# %% ../../nbs/73_workflows.train.ipynb #f073b0db
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from inspect import Parameter, Signature
@@ -23,15 +23,15 @@ from ..core.results import CheckpointMeta
 from ..data.block import load_samples, speck_area
 from ..data.cohort import Cohort
 from ..data.crops import CropPlan, Sample
+from ..data.leakage import check_leaks
 from ..data.mask import require_good_pairs
 from ..data.source import load_source
-from ..data.leakage import check_leaks
 from ..data.split import Split, split_cohort
 from ..models.unet import create_unet
 from ..training.fit_segment import FitOptions, FitResult, fit_segment
 from ..training.transfer import transfer_weights
 
-# %% ../../nbs/73_workflows.train.ipynb #0c36a198
+# %% ../../nbs/73_workflows.train.ipynb #1040b45f
 CLASSES = {"mito": "mitochondrion", "glom": "glomerulus"}  # task, and the name of what it finds
 SCRATCH = "scratch"
 
@@ -77,7 +77,7 @@ def settings(
             raise EqError(f"training option out of range: {str(error).splitlines()[1]} {str(error).splitlines()[2].strip()}") from error
     return made[0], made[1]
 
-# %% ../../nbs/73_workflows.train.ipynb #65e08189
+# %% ../../nbs/73_workflows.train.ipynb #2041c26a
 def fit_options(
     train: TrainConfig,  # Section train
     task: TaskConfig,  # Section of the task
@@ -119,7 +119,7 @@ def common_px_size(
         raise EqError(f"{cohort.name}: pixel sizes {sorted(sizes)} um (and {unknown} unknown) are mixed; train on one")
     return sizes.pop() if sizes else None
 
-# %% ../../nbs/73_workflows.train.ipynb #0a8165c0
+# %% ../../nbs/73_workflows.train.ipynb #42e75b0e
 def working_factor(
     task: TaskConfig,  # Section of the task
     px_size_um: float | None,  # Of the training images, None where unknown
@@ -130,7 +130,7 @@ def working_factor(
         return given
     return task.scale if px_size_um is None else round(task.working_um / px_size_um, 6)
 
-# %% ../../nbs/73_workflows.train.ipynb #3890f2ca
+# %% ../../nbs/73_workflows.train.ipynb #05453522
 def _train(request: TrainRequest, split: Split, run: Run) -> FitResult:
     "Reads, builds, fits; inside a run that writes the manifest."
     train, task = settings(request.task, request.values)
@@ -182,10 +182,11 @@ def train_segmentation(
         run.log.info("trained", validation_dice=round(result.meta.metrics["validation_dice"], 3), crops=result.crops, seconds=round(result.seconds))
     return result
 
-# %% ../../nbs/73_workflows.train.ipynb #a892d396
+# %% ../../nbs/73_workflows.train.ipynb #d75daec1
 HELP = {"source": "Registered source, cohort CSV, or folder of images and masks", "out": "Run folder [default: a new one below outputs/]",
         "start": "'scratch', or the checkpoint folder to start from", "scheme": "How images are split [default: what the source declares]",
-        "fold": "Which fold is the test part (grouped k-fold)", "resume": "Go on in --out from its last checkpoint", "allow_leak": "Train although images leak between the parts; the reason is printed in the report"}
+        "fold": "Which fold is the test part (grouped k-fold)", "resume": "Go on in --out from its last checkpoint",
+        "allow_leak": "Train although images leak between the parts; the reason is printed in the report"}
 
 
 def _option(name: str, kind: Any, default: Any, text: str, flag: str = "") -> Parameter:
@@ -207,7 +208,7 @@ def options(
             for n, f in fields.items()]
     return first + keys
 
-# %% ../../nbs/73_workflows.train.ipynb #329ef665
+# %% ../../nbs/73_workflows.train.ipynb #80fc0793
 def train_command(
     task: str,  # "mito" or "glom"
 ) -> Callable[..., None]:  # For Typer
