@@ -6,7 +6,7 @@
 __all__ = ['RESULT', 'expand_images', 'folder_names', 'staged_folder', 'ImageJob', 'segmenter_of', 'predict_one', 'attempt',
            'finished', 'TileJob', 'tile_jobs', 'compute_tiles']
 
-# %% ../../nbs/74a_workflows.image_job.ipynb #9f34d18b
+# %% ../../nbs/74a_workflows.image_job.ipynb #5b454a42
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ import pandas as pd
 from ..core.files import TEMP_PREFIX, atomic_write, is_disk_full, read_json, write_error, write_json
 from ..core.registry import EqError
 from ..data.annotations import write_geojson
-from ..data.io import Image, is_image_path, open_image, readable_suffixes
+from ..data.io import Image, find_images, is_image_folder, open_image, readable_suffixes
 from ..inference.segment import Engine, Segmenter, predict_image
 from ..inference.store import TileStore
 from ..inference.tiles import TilePass
@@ -29,14 +29,14 @@ from ..quantification.instances import instance_table, records
 from ..quantification.regions import export_rois, outlines
 from ..reporting.overlay import write_overlay
 
-# %% ../../nbs/74a_workflows.image_job.ipynb #4a8b7ea4
+# %% ../../nbs/74a_workflows.image_job.ipynb #587ff758
 def expand_images(
     paths: Iterable[Path | str],  # Files and folders
 ) -> list[Path]:  # Files in the order given, those of a folder sorted
     "Images to predict. Raises EqError for a folder without images, and when nothing was named."
     found: list[Path] = []
     for path in map(Path, paths):
-        inside = sorted(p for p in path.iterdir() if is_image_path(p) and p.is_file()) if path.is_dir() else [path]
+        inside = list(find_images(path)) if path.is_dir() and not is_image_folder(path) else [path]
         if not inside:
             raise EqError(f"no image in {path}; readable are {readable_suffixes()}")
         found += [p for p in inside if p not in found]
@@ -60,7 +60,7 @@ def folder_names(
         taken.add(name.casefold())
     return names
 
-# %% ../../nbs/74a_workflows.image_job.ipynb #88ef764d
+# %% ../../nbs/74a_workflows.image_job.ipynb #7d6ca9fc
 @contextmanager
 def staged_folder(
     final: Path,  # A folder that does not exist yet
@@ -76,7 +76,7 @@ def staged_folder(
     finally:
         shutil.rmtree(temp, ignore_errors=True)
 
-# %% ../../nbs/74a_workflows.image_job.ipynb #6dc999d3
+# %% ../../nbs/74a_workflows.image_job.ipynb #1ed1c4e2
 @dataclass(frozen=True)
 class ImageJob:
     "One image and what is wanted of it; can be sent to another process."
@@ -103,7 +103,7 @@ def segmenter_of(
     "Loads a checkpoint once a process."
     return Segmenter.from_checkpoint(model, engine)
 
-# %% ../../nbs/74a_workflows.image_job.ipynb #1c74f6e7
+# %% ../../nbs/74a_workflows.image_job.ipynb #fb96bb31
 def _describe_objects(image: Image, labels_file: Path, folder: Path, job: ImageJob) -> tuple[pd.DataFrame, list[str]]:
     "Table, outlines, overlay and crops of one prediction. Returns the table and what could not be done."
     labels, name = open_image(labels_file, image.px_size_um), segmenter_of(job.model, job.engine).meta.classes[0]
@@ -142,7 +142,7 @@ def predict_one(
         write_json(folder / RESULT, row)
     return row
 
-# %% ../../nbs/74a_workflows.image_job.ipynb #82481174
+# %% ../../nbs/74a_workflows.image_job.ipynb #b4e5aeac
 def attempt(
     job: ImageJob,  # What
     progress: Callable[[int], object] = lambda n: None,  # Told of tiles that are dealt with
@@ -172,7 +172,7 @@ def finished(
         return None
     return row
 
-# %% ../../nbs/74a_workflows.image_job.ipynb #b5c1edb6
+# %% ../../nbs/74a_workflows.image_job.ipynb #27d9722d
 @dataclass(frozen=True)
 class TileJob:
     "Some tiles of one image."
