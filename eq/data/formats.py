@@ -6,7 +6,7 @@
 __all__ = ['HEAD', 'READERS', 'Format', 'readable_suffixes', 'is_image_path', 'is_image_folder', 'image_format', 'open_pixels',
            'find_images']
 
-# %% ../../nbs/10o_data.formats.ipynb #d29593ec
+# %% ../../nbs/10o_data.formats.ipynb #676d79d3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from .raster import open_jpeg, open_png
 from .slide import SLIDE_SUFFIXES, looks_like_slide, open_slide
 from .tiff import open_tiff
 
-# %% ../../nbs/10o_data.formats.ipynb #82b6cc22
+# %% ../../nbs/10o_data.formats.ipynb #53770421
 HEAD = 352  # bytes that are looked at: the magic of NIfTI stands at 344
 
 
@@ -43,9 +43,10 @@ def _no_file(head: bytes) -> bool:
 
 
 def _is_series(folder: Path) -> bool:
-    # the first file decides: reading a folder of ten thousand other things would take its time
-    first = next((p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")), None)
-    return first is not None and is_dicom(first)
+    # the first file decides, unless names say that other images lie beside it: reading ten thousand other things would take its time
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    others = tuple(s for name in READERS for s in READERS[name].suffixes if s not in READERS["dicom"].suffixes)
+    return bool(files) and not any(p.name.lower().endswith(others) for p in files) and is_dicom(files[0])
 
 
 def _zarr_only(path: Path) -> Pixels:
@@ -63,7 +64,7 @@ READERS.register("dicom")(
 READERS.register("nifti")(Format((".nii", ".nii.gz"), looks_like_nifti, open_nifti))
 READERS.register("ome-zarr")(Format((".zarr",), _no_file, _zarr_only, folder=is_zarr_folder, open_folder=open_omezarr))
 
-# %% ../../nbs/10o_data.formats.ipynb #133333ca
+# %% ../../nbs/10o_data.formats.ipynb #e5744168
 def readable_suffixes() -> list[str]:  # For example [".jpeg", ".jpg", ".png", ...]
     "Every suffix that some reader takes."
     return sorted(s for name in READERS for s in READERS[name].suffixes)
@@ -88,7 +89,7 @@ def is_image_folder(
     path = Path(path)
     return path.is_dir() and any(found(path) for name in READERS if (found := READERS[name].folder) is not None)
 
-# %% ../../nbs/10o_data.formats.ipynb #8fc3ff77
+# %% ../../nbs/10o_data.formats.ipynb #77ce2128
 def _head(path: Path) -> bytes:
     if not path.is_file():
         raise EqError(f"no such file: {path}")
@@ -128,7 +129,7 @@ def image_format(
         raise EqError(f"{path}: the suffix says {by_suffix}, but the content is no {by_suffix} and no other image that is readable")
     raise EqError(f"{path}: the suffix says {by_suffix}, the content is {by_content}; rename it to {path.stem}{READERS[by_content].suffixes[0]}")
 
-# %% ../../nbs/10o_data.formats.ipynb #db104679
+# %% ../../nbs/10o_data.formats.ipynb #43d299f2
 def open_pixels(
     path: Path,  # A file, or a folder that is an image
 ) -> Pixels:  # Of the reader that takes it
