@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TEMP_PREFIX', 'sha256_bytes', 'sha256_file', 'sha256_array', 'list_files', 'sha256_path', 'is_disk_full',
-           'write_error', 'sync', 'atomic_write', 'plain', 'write_text', 'write_json', 'read_json']
+           'write_error', 'sync', 'atomic_write', 'staged_folder', 'plain', 'write_text', 'write_json', 'read_json']
 
-# %% ../../nbs/03_core.files.ipynb #a8316f4b
+# %% ../../nbs/03_core.files.ipynb #6db8a376
 import errno
 import hashlib
 import json
@@ -24,7 +24,7 @@ import numpy as np
 
 from .registry import EqError
 
-# %% ../../nbs/03_core.files.ipynb #559613e0
+# %% ../../nbs/03_core.files.ipynb #3183e71f
 def sha256_bytes(
     data: bytes,  # Any bytes
 ) -> str:  # 64 hexadecimal digits
@@ -50,7 +50,7 @@ def sha256_array(
     head = f"{array.dtype.str}{array.shape}".encode()
     return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).hexdigest()
 
-# %% ../../nbs/03_core.files.ipynb #ef609f29
+# %% ../../nbs/03_core.files.ipynb #d6a447c3
 TEMP_PREFIX = ".tmp-"  # every file still being written has this prefix; whatever has it is not a result
 
 
@@ -73,7 +73,7 @@ def sha256_path(
     lines = [f"{sha256_file(p)}  {p.relative_to(path).as_posix()}\n" for p in list_files(path)]
     return sha256_bytes("".join(lines).encode())
 
-# %% ../../nbs/03_core.files.ipynb #27db22e1
+# %% ../../nbs/03_core.files.ipynb #7f7918f6
 def _chain(error: BaseException) -> Iterator[BaseException]:
     "An error and whatever caused it, each once: an error that is kept and raised again can be its own cause."
     seen, found = set[int](), error
@@ -95,7 +95,7 @@ def is_disk_full(
         return True
     return isinstance(error, (OSError, RuntimeError)) and shutil.disk_usage(folder).free < 4096
 
-# %% ../../nbs/03_core.files.ipynb #ebc0687b
+# %% ../../nbs/03_core.files.ipynb #8b7cbdc6
 def write_error(
     error: Exception,  # What a writer raised
     path: str | Path,  # The final name of the file
@@ -108,7 +108,7 @@ def write_error(
         return EqError(f"cannot write {path}: {error.strerror}; choose a folder you may write to")
     return error
 
-# %% ../../nbs/03_core.files.ipynb #cfcb9a22
+# %% ../../nbs/03_core.files.ipynb #1742b907
 def sync(
     path: Path,  # A file or a folder
 ) -> None:
@@ -121,7 +121,7 @@ def sync(
     finally:
         os.close(fd)
 
-# %% ../../nbs/03_core.files.ipynb #ad7ec2b1
+# %% ../../nbs/03_core.files.ipynb #0028993d
 @contextmanager
 def atomic_write(
     path: str | Path,  # Final name; missing parent folders are made
@@ -146,7 +146,23 @@ def atomic_write(
         if path.parent.is_dir():
             temp.unlink(missing_ok=True)
 
-# %% ../../nbs/03_core.files.ipynb #428e1c33
+# %% ../../nbs/03_core.files.ipynb #d66e4856
+@contextmanager
+def staged_folder(
+    final: Path,  # A folder that does not exist yet
+) -> Iterator[Path]:  # A temporary folder beside it
+    "What is written into the temporary folder appears under the final name when all went well, and is removed when not."
+    temp = final.with_name(f"{TEMP_PREFIX}{uuid4().hex[:8]}-{final.name}")
+    try:
+        temp.mkdir(parents=True)
+        yield temp
+        temp.rename(final)
+    except OSError as error:
+        raise write_error(error, final) from error
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+# %% ../../nbs/03_core.files.ipynb #cec5bc48
 def plain(
     obj: Any,  # Dataclasses, numpy values, paths, dicts, lists
 ) -> Any:  # The same out of dict, list, str, int, float, bool and None only
@@ -169,7 +185,7 @@ def plain(
         return plain(asdict(obj))
     raise EqError(f"no JSON form for {type(obj).__name__} {obj!r}; valid: numbers, text, lists, dicts, dataclasses, paths, numpy arrays")
 
-# %% ../../nbs/03_core.files.ipynb #de26d36b
+# %% ../../nbs/03_core.files.ipynb #89cd44a1
 def write_text(
     path: str | Path,  # Final name
     text: str,  # Content, written as UTF-8
@@ -187,7 +203,7 @@ def write_json(
     "Write indented JSON atomically, keys in the order given."
     return write_text(path, json.dumps(plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
-# %% ../../nbs/03_core.files.ipynb #92d23095
+# %% ../../nbs/03_core.files.ipynb #2be5837e
 def read_json(
     path: str | Path,  # A JSON file
 ) -> Any:  # Its content

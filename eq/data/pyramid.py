@@ -6,8 +6,7 @@
 __all__ = ['Bands', 'level_sizes', 'halve', 'Halver', 'BandSpool', 'cascade', 'write_tiff_pyramid', 'write_plain_tiff',
            'ngff_attributes', 'write_zarr_pyramid']
 
-# %% ../../nbs/10n_data.pyramid.ipynb #e8d7f25e
-import shutil
+# %% ../../nbs/10n_data.pyramid.ipynb #8b74ef5e
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -15,16 +14,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from tifffile import TiffWriter
 
-from ..core.files import TEMP_PREFIX, atomic_write, write_error
+from ..core.files import TEMP_PREFIX, atomic_write, staged_folder, write_error
 from ..core.registry import EqError
 from .write import TILE, TiffPlan, tiff_options, tile_rows
 
-# %% ../../nbs/10n_data.pyramid.ipynb #9af6e06e
+# %% ../../nbs/10n_data.pyramid.ipynb #c0113b97
 Bands = Callable[[], Iterable[np.ndarray]]  # Called again for every pass over the image
 
 
@@ -54,7 +52,7 @@ def halve(
         sums += full[a::2, b::2]
     return (sums / 4 if rows.dtype.kind == "f" else (sums + 2) // 4).astype(rows.dtype)
 
-# %% ../../nbs/10n_data.pyramid.ipynb #4956df61
+# %% ../../nbs/10n_data.pyramid.ipynb #2634b520
 class Halver:
     "Halves an image that comes in bands."
 
@@ -78,7 +76,7 @@ class Halver:
         "What is left at the bottom edge."
         return None if self._odd is None else halve(self._odd, self.nearest)
 
-# %% ../../nbs/10n_data.pyramid.ipynb #d5d4e49b
+# %% ../../nbs/10n_data.pyramid.ipynb #4859ea73
 class BandSpool:
     "Bands on disk: written once from the top, read as often as needed."
 
@@ -130,7 +128,7 @@ def cascade(
             take(level, rows)
         rows = rows if rows is not None and len(rows) else None
 
-# %% ../../nbs/10n_data.pyramid.ipynb #b1666fd1
+# %% ../../nbs/10n_data.pyramid.ipynb #6c676a25
 def _tiles(bands: Iterable[np.ndarray], plan: TiffPlan, channel: int | None, name: str) -> Iterator[np.ndarray]:
     if channel is None:
         return tile_rows(bands, plan, name)
@@ -159,7 +157,7 @@ class _Spools:
 
         return passing
 
-# %% ../../nbs/10n_data.pyramid.ipynb #1704db7b
+# %% ../../nbs/10n_data.pyramid.ipynb #cbb0e2b5
 def _shape(plan: TiffPlan) -> tuple[int, ...]:
     size = (plan.height, plan.width)
     return size if plan.axes == "YX" else (*size, plan.channels) if plan.axes == "YXS" else (plan.channels, *size)
@@ -194,7 +192,7 @@ def write_tiff_pyramid(
             spool.close()
     return path
 
-# %% ../../nbs/10n_data.pyramid.ipynb #c00702aa
+# %% ../../nbs/10n_data.pyramid.ipynb #01b2028d
 def write_plain_tiff(
     path: str | Path,  # Final name, usually *.tif
     bands: Bands,  # Gives consecutive rows from the top
@@ -209,7 +207,7 @@ def write_plain_tiff(
         writer.write(_all_tiles(bands, plan, str(path)), shape=_shape(plan), dtype=plan.dtype, maxworkers=1, **options)
     return Path(path)
 
-# %% ../../nbs/10n_data.pyramid.ipynb #779fc273
+# %% ../../nbs/10n_data.pyramid.ipynb #50b36800
 class _ZarrLevel:
     # collects rows until they fill a row of chunks; array axes are (c,) y, x
     def __init__(self, array: Any, dtype: np.dtype, channels: int):
@@ -250,22 +248,7 @@ def ngff_attributes(
         datasets.append({"path": str(level), "coordinateTransformations": [{"type": "scale", "scale": scale}]})
     return {"ome": {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": datasets}]}} | ({"eq": {"kind": kind}} if kind else {})
 
-# %% ../../nbs/10n_data.pyramid.ipynb #159f7310
-@contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    if path.exists():
-        raise EqError(f"{path} exists already; move it away or choose another name")
-    temp = path.with_name(f"{TEMP_PREFIX}{uuid4().hex[:8]}-{path.name}")
-    try:
-        temp.mkdir(parents=True)
-        yield temp
-        temp.rename(path)
-    except OSError as error:
-        raise write_error(error, path) from error
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
-
-
+# %% ../../nbs/10n_data.pyramid.ipynb #c69b4dfa
 def write_zarr_pyramid(
     path: str | Path,  # Folder to make, usually *.ome.zarr
     bands: Bands,  # Gives consecutive rows from the top
@@ -277,7 +260,9 @@ def write_zarr_pyramid(
     import zarr  # takes a second, and few images are written to zarr
 
     path, sizes, many = Path(path), level_sizes(plan.height, plan.width), plan.channels > 1
-    with _new_folder(path) as temp:
+    if path.exists():
+        raise EqError(f"{path} exists already; move it away or choose another name")
+    with staged_folder(path) as temp:
         group = zarr.open_group(str(temp), mode="w", zarr_format=3, attributes=ngff_attributes(plan, sizes, path.name.split(".")[0], kind))
         levels = []
         for n, size in enumerate(sizes):

@@ -6,7 +6,7 @@
 __all__ = ['GLANCE_PX', 'MASK', 'LABELS', 'PROBABILITY', 'TILES', 'glass_tiles', 'Engine', 'Segmenter', 'probability_rows',
            'predict_probability', 'predict_labels', 'Prediction', 'predict_image']
 
-# %% ../../nbs/41_inference.segment.ipynb #f1e81aff
+# %% ../../nbs/41_inference.segment.ipynb #f114e3dd
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from .tiles import TileOptions, TilePass
 from .working import ArraySource, Source, Working, WorkingScale, resize_rows, working_scale
 from ..models.checkpoint import checkpoint_folder, load_checkpoint
 
-# %% ../../nbs/41_inference.segment.ipynb #4f8891d5
+# %% ../../nbs/41_inference.segment.ipynb #e9eac505
 GLANCE_PX = 8192  # the coarsest level of an image may be this large for a look at where its tissue is
 
 
@@ -47,7 +47,7 @@ def glass_tiles(
     wheres = (tile_pass.view.original(tile) for tile in tile_pass.tiles)
     return frozenset(i for i, t in enumerate(wheres) if tissue.share(t.y, t.x, t.h, t.w) == 0)
 
-# %% ../../nbs/41_inference.segment.ipynb #d5f625ba
+# %% ../../nbs/41_inference.segment.ipynb #d0af9460
 @dataclass(frozen=True)
 class Engine:
     "What runs the network. `auto` takes the fastest that is here."
@@ -120,10 +120,11 @@ class Segmenter:
         if not isinstance(source, Image):
             return TilePass(self.network, Working(source, factor), self.options, progress)
         tile_pass = TilePass(self.network, Working(source.at(factor), factor, (source.height, source.width)), self.options, progress)
-        tile_pass.glass = glass_tiles(source, tile_pass) if self.options.skip_glass else frozenset()
+        if self.options.skip_glass:
+            tile_pass.find_glass = lambda: glass_tiles(source, tile_pass)
         return tile_pass
 
-# %% ../../nbs/41_inference.segment.ipynb #13ee54ff
+# %% ../../nbs/41_inference.segment.ipynb #94bd49af
 def probability_rows(
     tile_pass: TilePass,  # Not begun
 ) -> Iterator[np.ndarray]:  # Consecutive rows (n, W) float32
@@ -150,7 +151,7 @@ def predict_labels(
     "Numbered objects at the checkpoint's threshold, without those that are too small."
     return label_objects(predict_probability(segmenter, rgb, px_size_um) >= segmenter.meta.threshold, segmenter.min_area_px(px_size_um))
 
-# %% ../../nbs/41_inference.segment.ipynb #e72de459
+# %% ../../nbs/41_inference.segment.ipynb #9085b54f
 @dataclass(frozen=True)
 class Prediction:
     "What came of one image. Areas and positions are in pixels of the image."
@@ -186,7 +187,7 @@ def _warnings(tile_pass: TilePass, scale: WorkingScale) -> Iterator[str]:
     if n := len(tile_pass.refused):
         yield f"{n} of {len(tile_pass.tiles)} tiles refused, the first: {tile_pass.refused[0].reason}"
 
-# %% ../../nbs/41_inference.segment.ipynb #2323196a
+# %% ../../nbs/41_inference.segment.ipynb #dcb9b51a
 MASK, LABELS, PROBABILITY, TILES = "mask.ome.tif", "labels.ome.tif", "probability.zarr", "tiles"
 
 

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_PARTS', 'CHUNK', 'RowSpool', 'BandLabeller', 'touching', 'ZarrRows', 'ngff']
 
-# %% ../../nbs/44_inference.stream.ipynb #c3436393
-import zlib
+# %% ../../nbs/44_inference.stream.ipynb #b45aa113
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,46 +18,26 @@ from scipy.sparse.csgraph import connected_components
 
 from ..core.files import TEMP_PREFIX, write_error
 from ..core.registry import EqError
+from ..data.pyramid import BandSpool
 
-# %% ../../nbs/44_inference.stream.ipynb #b907ed50
-class RowSpool:
-    "Rows of integers on disk, written once from the top, read as often as needed. A context manager: the file goes at the end."
+# %% ../../nbs/44_inference.stream.ipynb #b0e49c94
+class RowSpool(BandSpool):
+    "Rows on disk, written once from the top, read as often as needed. A context manager: the file goes at the end."
 
     def __init__(
         self,
         folder: str | Path,  # Where the temporary file lies
     ):
-        self.path = Path(folder) / f"{TEMP_PREFIX}{uuid4().hex[:8]}-rows"
-        self._blocks: list[tuple[int, tuple[int, ...]]] = []  # bytes and shape
-        self._file = self.path.open("wb")
-
-    def add(
-        self,
-        rows: np.ndarray,  # (n, W) int32
-    ) -> None:
-        "Appends rows. Raises EqError when the disk is full."
-        data = zlib.compress(np.ascontiguousarray(rows, np.int32).tobytes(), 1)
-        try:
-            self._file.write(data)
-            self._file.flush()
-        except OSError as error:
-            raise write_error(error, self.path) from error
-        self._blocks.append((len(data), rows.shape))
-
-    def rows(self) -> Iterator[np.ndarray]:  # Each (n, W) int32, as they were added
-        "Reads everything from the top."
-        with self.path.open("rb") as file:
-            for size, shape in self._blocks:
-                yield np.frombuffer(zlib.decompress(file.read(size)), np.int32).reshape(shape)
+        super().__init__(Path(folder) / f"{TEMP_PREFIX}{uuid4().hex[:8]}-rows")
 
     def __enter__(self) -> "RowSpool":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        self.close()
         self.path.unlink(missing_ok=True)
 
-# %% ../../nbs/44_inference.stream.ipynb #7e6dc621
+# %% ../../nbs/44_inference.stream.ipynb #3015efb9
 MAX_PARTS = 50_000_000  # provisional objects; beyond, a mask is noise, and the memory for their numbers would exceed 1 GB
 _EIGHT = np.ones((3, 3), bool)
 
@@ -113,7 +92,7 @@ class BandLabeller:
 
     def labels(self) -> Iterator[np.ndarray]:  # Bands of (n, W) int32: 0 background, 1..count objects
         "The final numbers, from the top."
-        for rows in self.spool.rows():
+        for rows in self.spool.bands():
             yield self._final[rows]
 
 
@@ -129,7 +108,7 @@ def touching(
         found.append(np.stack([a[both], b[both]], 1))
     return np.unique(np.concatenate(found), axis=0)
 
-# %% ../../nbs/44_inference.stream.ipynb #47254baa
+# %% ../../nbs/44_inference.stream.ipynb #436b4220
 CHUNK = 512
 
 

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['T', 'R', 'Outcome', 'TileOptions', 'fit_tile', 'read_ahead', 'TilePass', 'predict_array']
 
-# %% ../../nbs/40_inference.tiles.ipynb #291511ae
+# %% ../../nbs/40_inference.tiles.ipynb #e07d448d
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -21,7 +22,7 @@ from .backend import MULTIPLE, Network, averaged
 from .store import StoredTile, TileStore
 from .working import ArraySource, Working, resize_rows
 
-# %% ../../nbs/40_inference.tiles.ipynb #2b9585ce
+# %% ../../nbs/40_inference.tiles.ipynb #bc5c4182
 @dataclass(frozen=True)
 class TileOptions:
     "How an image is cut up, in working pixels. The defaults are the fastest that were measured; see the benchmark `tiles`."
@@ -55,7 +56,7 @@ def fit_tile(
 
     return min(reversed(sizes), key=computed, default=_up(options.tile))
 
-# %% ../../nbs/40_inference.tiles.ipynb #eba754c6
+# %% ../../nbs/40_inference.tiles.ipynb #4d97ca48
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -86,7 +87,7 @@ def read_ahead(
     finally:  # also when the reader of this generator stops early
         pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/40_inference.tiles.ipynb #04b4b5df
+# %% ../../nbs/40_inference.tiles.ipynb #972aed05
 Outcome = np.ndarray | EqError | None  # (h, w) probabilities; why there are none; None for glass, which was not looked at
 
 
@@ -104,10 +105,15 @@ class TilePass:
         self.network, self.view, self.progress = network, view, progress
         self.options = replace(options, tile=fit_tile(view.height, view.width, options))
         self.tiles = plan_tiles(view.height, view.width, self.options.tile, self.options.overlap)
-        self.glass: frozenset[int] = frozenset()  # numbers of tiles that are skipped
+        self.find_glass: Callable[[], frozenset[int]] = frozenset  # looked at when the first tile is wanted, not when tiles are counted
         self.store: TileStore | None = None  # where tiles are kept until the image is whole
         self.done, self.refused, self.unfilled_px = 0, list[RefusedTile](), 0
         self.darkest, self.brightest = 255, 0  # over all tiles that could be read
+
+    @cached_property
+    def glass(self) -> frozenset[int]:  # Numbers of tiles
+        "Tiles that are skipped."
+        return self.find_glass()
 
     @property
     def ledger(self) -> TileLedger:
@@ -187,7 +193,7 @@ class TilePass:
         if self.refused and not self.done:
             raise EqError(f"none of {len(self.tiles)} tiles can be read; the first: {self.refused[0].reason}")
 
-# %% ../../nbs/40_inference.tiles.ipynb #4a866cb6
+# %% ../../nbs/40_inference.tiles.ipynb #f9f44bc5
 def predict_array(
     network: Network,  # From eq.inference.backend
     rgb: np.ndarray,  # (H, W, 3) uint8

@@ -6,10 +6,11 @@
 __all__ = ['UNetBuilder', 'UNETS', 'SLIM', 'FASTAI_ENCODERS', 'build_unet', 'build_unet_slim', 'build_fpn', 'build_unetplusplus',
            'build_dynamic_unet', 'load_encoder_weights', 'create_unet', 'count_parameters']
 
-# %% ../../nbs/20_models.unet.ipynb #f3dbfdc0
+# %% ../../nbs/20_models.unet.ipynb #6dce2caf
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import segmentation_models_pytorch as smp
 import torch
@@ -20,7 +21,7 @@ from torch import nn
 
 from ..core.registry import EqError, Registry, unknown_name
 
-# %% ../../nbs/20_models.unet.ipynb #fdd3b510
+# %% ../../nbs/20_models.unet.ipynb #fdcdde3d
 UNetBuilder = Callable[[str, int, int], nn.Module]
 UNETS: Registry[UNetBuilder] = Registry("network")
 
@@ -34,13 +35,13 @@ def _smp_encoder(
     return name
 
 
-def _build_smp(kind: type[nn.Module], encoder: str, in_channels: int, classes: int) -> nn.Module:
+def _build_smp(kind: type[nn.Module], encoder: str, in_channels: int, classes: int, **more: Any) -> nn.Module:
     "One of segmentation-models-pytorch's decoders on an encoder with random weights."
     with warnings.catch_warnings():  # smp renames its timm- encoders itself and says so on every call
         warnings.simplefilter("ignore", DeprecationWarning)
-        return kind(_smp_encoder(encoder), encoder_weights=None, in_channels=in_channels, classes=classes)
+        return kind(_smp_encoder(encoder), encoder_weights=None, in_channels=in_channels, classes=classes, **more)
 
-# %% ../../nbs/20_models.unet.ipynb #e1f505f1
+# %% ../../nbs/20_models.unet.ipynb #886709b7
 @UNETS.register("unet")
 def build_unet(
     encoder: str,  # Any encoder of segmentation-models-pytorch, or `tu-NAME` for a timm network
@@ -61,7 +62,7 @@ def build_unet_slim(
     classes: int,  # Number of logit planes
 ) -> nn.Module:  # (N, in_channels, H, W) -> (N, classes, H, W) logits
     "U-Net with a narrow decoder: on a processor twice the crops a minute, which is worth more than width when minutes and images are few."
-    return smp.Unet(_smp_encoder(encoder), encoder_weights=None, decoder_channels=SLIM, in_channels=in_channels, classes=classes)
+    return _build_smp(smp.Unet, encoder, in_channels, classes, decoder_channels=SLIM)
 
 
 @UNETS.register("fpn")
@@ -83,7 +84,7 @@ def build_unetplusplus(
     "UNet++ (Zhou et al. 2018, doi 10.1007/978-3-030-00889-5_1): nested skips, about three times the work."
     return _build_smp(smp.UnetPlusPlus, encoder, in_channels, classes)
 
-# %% ../../nbs/20_models.unet.ipynb #4a12b7a3
+# %% ../../nbs/20_models.unet.ipynb #8111d044
 FASTAI_ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
 
@@ -98,7 +99,7 @@ def build_dynamic_unet(
         raise unknown_name("encoder", encoder, list(FASTAI_ENCODERS))
     return create_unet_model(getattr(fastai_models, encoder), classes, (256, 256), pretrained=False, n_in=in_channels)
 
-# %% ../../nbs/20_models.unet.ipynb #ae6faa1f
+# %% ../../nbs/20_models.unet.ipynb #4aff424d
 def load_encoder_weights(
     model: nn.Module,  # A network with an `.encoder`
     path: Path | str,  # A .safetensors file of the encoder's (or the whole classifier's) tensors
@@ -126,7 +127,7 @@ def _hub_encoder(encoder: str, in_channels: int) -> dict[str, torch.Tensor]:
         raise EqError(f"ImageNet weights for encoder {encoder!r} cannot be had ({why}); "
                       "give a local file (pretrained=/path/model.safetensors) or ask for pretrained=False") from error
 
-# %% ../../nbs/20_models.unet.ipynb #50959f3e
+# %% ../../nbs/20_models.unet.ipynb #5afbb03c
 def create_unet(
     arch: str = "unet",  # A name from `UNETS`
     encoder: str = "resnet18",  # The encoder's name, see `build_unet`

@@ -6,7 +6,7 @@
 __all__ = ['REQUEST', 'OPTIONS', 'PredictRequest', 'PredictResult', 'same_request', 'predict_images', 'chosen_engine',
            'requested', 'command']
 
-# %% ../../nbs/74_workflows.predict.ipynb #61c8f55c
+# %% ../../nbs/74_workflows.predict.ipynb #3ae76315
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,12 +26,12 @@ from ..core.provenance import Run, start_run
 from ..core.registry import EqError
 from ..data.io import open_image
 from ..data.pxsize import checked_px_size
-from ..inference.segment import Engine, Segmenter
+from ..inference.segment import Engine
 from ..models.checkpoint import META, WEIGHTS, checkpoint_folder
 from .batch import ENGINES, Cluster, Mapper
 from .image_job import ImageJob, TileJob, attempt, compute_tiles, expand_images, folder_names, segmenter_of, tile_jobs
 
-# %% ../../nbs/74_workflows.predict.ipynb #85c14584
+# %% ../../nbs/74_workflows.predict.ipynb #ed53a5be
 @dataclass(frozen=True)
 class PredictRequest:
     "What to predict with what."
@@ -56,7 +56,7 @@ class PredictResult:
     table: pd.DataFrame  # summary.csv: one row an image
     failed: tuple[str, ...]  # Images that could not be predicted
 
-# %% ../../nbs/74_workflows.predict.ipynb #4839616a
+# %% ../../nbs/74_workflows.predict.ipynb #3a804617
 REQUEST = "request.json"
 
 
@@ -92,7 +92,7 @@ def _count_tiles(jobs: list[ImageJob]) -> int:
             continue  # it will be listed as failed when its turn comes
     return total
 
-# %% ../../nbs/74_workflows.predict.ipynb #a456a83f
+# %% ../../nbs/74_workflows.predict.ipynb #5eb8926b
 def _report(rows: list[dict[str, Any]], run: Run) -> pd.DataFrame:
     "Writes summary.csv and what the manifest says."
     table = pd.DataFrame([{k: v for k, v in row.items() if k != "ledger"} for row in rows])
@@ -122,7 +122,7 @@ def _warn(rows: list[dict[str, Any]], run: Run) -> None:
     if refused := {row["folder"]: row["tiles_refused"] for row in done if row["tiles_refused"]}:
         run.log.warning("tiles were refused, see the ledgers in manifest.json", **refused)
 
-# %% ../../nbs/74_workflows.predict.ipynb #04281de2
+# %% ../../nbs/74_workflows.predict.ipynb #0a4066e4
 def _cut_up(jobs: list[ImageJob], run: Mapper, bar: Any) -> None:
     "Where there are workers, the tiles of large slides are done first, each by whoever is free."
     pieces: list[TileJob] = [piece for job in jobs for piece in tile_jobs(job)]
@@ -153,7 +153,7 @@ def _rows(jobs: list[ImageJob], request: PredictRequest, run: Run, bar: Any) -> 
             shutil.rmtree(jobs[number].tiles, ignore_errors=True)
         bar.set_postfix_str(jobs[number].path.name)
         _note(row, jobs[number], run)
-        if len(found) == len(jobs) or len(found) < 20 or len(found) % 20 == 0:  # what is interrupted has a summary too
+        if len(found) < 20 or len(found) % 20 == 0:  # what is interrupted has a summary too
             _report([found[n] for n in sorted(found)], run)
     return [found[n] for n in sorted(found)]
 
@@ -166,7 +166,7 @@ def predict_images(
     ENGINES[request.cluster.engine]
     if request.px_size_um is not None:
         checked_px_size(request.px_size_um)
-    segmenter = Segmenter.from_checkpoint(request.model, request.engine)
+    segmenter = segmenter_of(checkpoint_folder(request.model), request.engine)
     params = {**segmenter.settings(), "px_size_um_given": request.px_size_um, "rois": request.rois, "probability": request.probability}
     with start_run("predict", request.out, params, resume=request.resume) as run:
         same_request(run.dir, params)
@@ -180,7 +180,7 @@ def predict_images(
         table = _report(rows, run)
     return PredictResult(run.dir, table, tuple(row["image"] for row in rows if row["status"] == "failed"))
 
-# %% ../../nbs/74_workflows.predict.ipynb #59fdc1a5
+# %% ../../nbs/74_workflows.predict.ipynb #5949d613
 def chosen_engine(
     device: str | None = None,  # None: as in params.yaml
     precision: str | None = None,  # None: as in params.yaml
@@ -218,7 +218,7 @@ def requested(
     plain_ones = {k: given[k] for k in ("model", "out", "px_size_um", "rois", "probability", "resume")}
     return PredictRequest(tuple(given["images"]), engine=engine, cluster=cluster, **plain_ones)
 
-# %% ../../nbs/74_workflows.predict.ipynb #349aba28
+# %% ../../nbs/74_workflows.predict.ipynb #7e41da73
 def command(
     **given: Any,  # A value for each of OPTIONS
 ) -> None:
