@@ -6,7 +6,7 @@
 __all__ = ['NOT_KEYS', 'DataConfig', 'TrainConfig', 'TaskConfig', 'PredictConfig', 'EvaluateConfig', 'DemoConfig', 'BenchConfig',
            'LogConfig', 'Config', 'load_config', 'describe']
 
-# %% ../../nbs/00_core.config.ipynb #a5f7d75c
+# %% ../../nbs/00_core.config.ipynb #3cdf927b
 import os
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from .paths import params_file, read_yaml
 from .registry import EqError, unknown_name
 from .results import Strict, invalid
 
-# %% ../../nbs/00_core.config.ipynb #cb1b1873
+# %% ../../nbs/00_core.config.ipynb #2c86be6a
 class DataConfig(Strict):
     "Where images are and how they are read."
 
@@ -31,15 +31,11 @@ class DataConfig(Strict):
 class TrainConfig(Strict):
     "How networks are trained."
 
-    arch: str = Field(description="Registered architecture")
-    encoder: str = Field(description="Encoder of the architecture")
     pretrained: bool = Field(description="Start from ImageNet weights; an error when they cannot be had")
     minutes: float | None = Field(gt=0, description="Stop after this time; null goes by epochs")
     epochs: int = Field(ge=1, description="Passes over the training crops, unless minutes are given")
     batch_size: int = Field(ge=1, description="Crops a step")
-    crop: int = Field(ge=32, multiple_of=32, description="Edge of a training crop, pixels at the working resolution")
     steps_per_epoch: int = Field(ge=1, description="Optimiser steps between two validations")
-    lr: float = Field(gt=0, description="Highest learning rate of AdamW")
     weight_decay: float = Field(ge=0, description="Weight decay of AdamW")
     loss: str = Field(description="Registered loss")
     ema: float = Field(ge=0, lt=1, description="Decay of the averaged weights, the ones that are kept")
@@ -53,6 +49,10 @@ class TrainConfig(Strict):
 class TaskConfig(Strict):
     "What differs between the things that are segmented."
 
+    arch: str = Field(description="Registered architecture; after a transfer that of the checkpoint")
+    encoder: str = Field(description="Encoder of the architecture; after a transfer that of the checkpoint")
+    crop: int = Field(ge=32, multiple_of=32, description="Edge of a training crop, pixels at the working resolution")
+    lr: float = Field(gt=0, description="Highest learning rate of AdamW")
     working_um: float = Field(gt=0, description="Pixel size the network works at, micrometres, for images whose own is known")
     scale: float = Field(gt=0, description="Images of unknown pixel size are made smaller by this factor; given for one run, it always holds")
     recipe: str = Field(description="Registered augmentation")
@@ -71,7 +71,7 @@ class PredictConfig(Strict):
     tile: int = Field(ge=64, multiple_of=32, description="Edge of a tile, pixels at the working resolution")
     overlap: int = Field(ge=0, description="Pixels that neighbouring tiles share and blend over")
 
-# %% ../../nbs/00_core.config.ipynb #35862c62
+# %% ../../nbs/00_core.config.ipynb #e9fa1907
 class EvaluateConfig(Strict):
     "How predictions are scored."
 
@@ -90,7 +90,7 @@ class DemoConfig(Strict):
     min_dice: float = Field(ge=0, le=1, description="Exit with 1 below this Dice on unseen animals")
     seed: int = Field(ge=0, description="Seed of images and training")
 
-# %% ../../nbs/00_core.config.ipynb #a3b4aaa5
+# %% ../../nbs/00_core.config.ipynb #8ba7b811
 class BenchConfig(Strict):
     "How benchmarks are run."
 
@@ -119,7 +119,7 @@ class Config(Strict):
     bench: BenchConfig
     log: LogConfig
 
-# %% ../../nbs/00_core.config.ipynb #d6356f8d
+# %% ../../nbs/00_core.config.ipynb #95fd2182
 NOT_KEYS = {"EQ__MODE", "EQ__OUTPUTS"}  # variables of eq that stand for no key of a section
 
 
@@ -152,7 +152,7 @@ def _from_environment() -> dict[str, Any]:
             found[key] = text if key == "data.root" else yaml.safe_load(text)  # a folder may be called 2026
     return found
 
-# %% ../../nbs/00_core.config.ipynb #4f58797e
+# %% ../../nbs/00_core.config.ipynb #2459cf58
 def _read_params(path: Path) -> dict[str, Any]:
     "A YAML file that holds sections. Raises EqError naming the file."
     values = read_yaml(path)
@@ -160,7 +160,7 @@ def _read_params(path: Path) -> dict[str, Any]:
         raise EqError(f"{path} holds no sections; valid: {_valid_keys(())}")
     return values
 
-# %% ../../nbs/00_core.config.ipynb #eef7d910
+# %% ../../nbs/00_core.config.ipynb #97cd5f31
 def load_config(
     path: str | Path | None = None,  # A params.yaml; default is the one of the checkout
     mode: str | None = None,  # development, production or debug; default is EQ__MODE, then what the file says
@@ -181,7 +181,7 @@ def load_config(
     except ValidationError as e:
         raise invalid(e, file.name, _valid_keys) from e
 
-# %% ../../nbs/00_core.config.ipynb #960629ab
+# %% ../../nbs/00_core.config.ipynb #a9393636
 @cache
 def _documented(section: str) -> dict[str, str]:
     "Description of each key of a section."

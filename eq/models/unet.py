@@ -6,7 +6,7 @@
 __all__ = ['UNetBuilder', 'UNETS', 'SLIM', 'FASTAI_ENCODERS', 'build_unet', 'build_unet_slim', 'build_fpn', 'build_unetplusplus',
            'build_dynamic_unet', 'load_encoder_weights', 'create_unet', 'count_parameters']
 
-# %% ../../nbs/20_models.unet.ipynb #6dce2caf
+# %% ../../nbs/20_models.unet.ipynb #0e249563
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import nn
 
 from ..core.registry import EqError, Registry, unknown_name
 
-# %% ../../nbs/20_models.unet.ipynb #fdcdde3d
+# %% ../../nbs/20_models.unet.ipynb #cd314a1f
 UNetBuilder = Callable[[str, int, int], nn.Module]
 UNETS: Registry[UNetBuilder] = Registry("network")
 
@@ -41,7 +41,7 @@ def _build_smp(kind: type[nn.Module], encoder: str, in_channels: int, classes: i
         warnings.simplefilter("ignore", DeprecationWarning)
         return kind(_smp_encoder(encoder), encoder_weights=None, in_channels=in_channels, classes=classes, **more)
 
-# %% ../../nbs/20_models.unet.ipynb #886709b7
+# %% ../../nbs/20_models.unet.ipynb #68ef4924
 @UNETS.register("unet")
 def build_unet(
     encoder: str,  # Any encoder of segmentation-models-pytorch, or `tu-NAME` for a timm network
@@ -52,7 +52,7 @@ def build_unet(
     return _build_smp(smp.Unet, encoder, in_channels, classes)
 
 
-SLIM = (128, 64, 32, 24, 16)  # half the usual channels of the decoder, and less where pixels are many
+SLIM = (96, 48, 32, 16, 8)  # under half the usual channels of the decoder, and less where pixels are many
 
 
 @UNETS.register("unet_slim")
@@ -84,7 +84,7 @@ def build_unetplusplus(
     "UNet++ (Zhou et al. 2018, doi 10.1007/978-3-030-00889-5_1): nested skips, about three times the work."
     return _build_smp(smp.UnetPlusPlus, encoder, in_channels, classes)
 
-# %% ../../nbs/20_models.unet.ipynb #8111d044
+# %% ../../nbs/20_models.unet.ipynb #a39c45ee
 FASTAI_ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
 
@@ -99,7 +99,7 @@ def build_dynamic_unet(
         raise unknown_name("encoder", encoder, list(FASTAI_ENCODERS))
     return create_unet_model(getattr(fastai_models, encoder), classes, (256, 256), pretrained=False, n_in=in_channels)
 
-# %% ../../nbs/20_models.unet.ipynb #4aff424d
+# %% ../../nbs/20_models.unet.ipynb #64a0b1a6
 def load_encoder_weights(
     model: nn.Module,  # A network with an `.encoder`
     path: Path | str,  # A .safetensors file of the encoder's (or the whole classifier's) tensors
@@ -127,7 +127,7 @@ def _hub_encoder(encoder: str, in_channels: int) -> dict[str, torch.Tensor]:
         raise EqError(f"ImageNet weights for encoder {encoder!r} cannot be had ({why}); "
                       "give a local file (pretrained=/path/model.safetensors) or ask for pretrained=False") from error
 
-# %% ../../nbs/20_models.unet.ipynb #5afbb03c
+# %% ../../nbs/20_models.unet.ipynb #145ed9c3
 def create_unet(
     arch: str = "unet",  # A name from `UNETS`
     encoder: str = "resnet18",  # The encoder's name, see `build_unet`

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'SCRATCH', 'HELP', 'app', 'TrainRequest', 'settings', 'fit_options', 'common_px_size', 'working_factor',
-           'train_segmentation', 'options', 'train_command']
+           'with_network', 'train_segmentation', 'options', 'train_command']
 
-# %% ../../nbs/73_workflows.train.ipynb #f073b0db
+# %% ../../nbs/73_workflows.train.ipynb #f0225335
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from inspect import Parameter, Signature
@@ -27,11 +27,12 @@ from ..data.leakage import check_leaks
 from ..data.mask import require_good_pairs
 from ..data.source import load_source
 from ..data.split import Split, split_cohort
+from ..models.checkpoint import checkpoint_folder, read_meta
 from ..models.unet import create_unet
 from ..training.fit_segment import FitOptions, FitResult, fit_segment
 from ..training.transfer import transfer_weights
 
-# %% ../../nbs/73_workflows.train.ipynb #1040b45f
+# %% ../../nbs/73_workflows.train.ipynb #828e544d
 CLASSES = {"mito": "mitochondrion", "glom": "glomerulus"}  # task, and the name of what it finds
 SCRATCH = "scratch"
 
@@ -77,7 +78,7 @@ def settings(
             raise EqError(f"training option out of range: {str(error).splitlines()[1]} {str(error).splitlines()[2].strip()}") from error
     return made[0], made[1]
 
-# %% ../../nbs/73_workflows.train.ipynb #2041c26a
+# %% ../../nbs/73_workflows.train.ipynb #31077659
 def fit_options(
     train: TrainConfig,  # Section train
     task: TaskConfig,  # Section of the task
@@ -85,11 +86,11 @@ def fit_options(
     quiet: bool = False,  # No progress bar
 ) -> FitOptions:  # With the crops' plan in it
     "What the training floor is told."
-    crops = CropPlan(size=train.crop, positive=task.positive, paste=task.paste, recipe=task.recipe)
-    shared: dict[str, Any] = {k: getattr(train, k) for k in ("epochs", "steps_per_epoch", "minutes", "batch_size", "lr", "weight_decay", "loss", "ema", "patience",
+    crops = CropPlan(size=task.crop, positive=task.positive, paste=task.paste, recipe=task.recipe)
+    shared: dict[str, Any] = {k: getattr(train, k) for k in ("epochs", "steps_per_epoch", "minutes", "batch_size", "weight_decay", "loss", "ema", "patience",
                                              "keep", "precision", "device", "seed")}
     gentle: dict[str, Any] = {"encoder_lr": task.encoder_lr, "frozen_until": task.frozen_until} if transferred else {}
-    return FitOptions(**shared, **gentle, crops=crops, quiet=quiet)
+    return FitOptions(**shared, **gentle, lr=task.lr, crops=crops, quiet=quiet)
 
 
 def _need_objects(parts: dict[str, list[Sample]], cohort: Cohort) -> None:
@@ -104,8 +105,8 @@ def _description(request: TrainRequest, split: Split, px_size_um: float | None, 
     data = {"source": split.train.name, "synthetic": split.train.synthetic, "unit": split.unit, "scheme": split.scheme,
             "options": split.options, "left_out": split.left_out, "parts": parts}
     return CheckpointMeta(
-        task=request.task, arch=train.arch, encoder=train.encoder, in_channels=3, classes=(CLASSES[request.task],), mean=(0.5,) * 3, std=(0.5,) * 3,
-        scale=scale, px_size_um=px_size_um, tile=train.crop, threshold=0.5, tta="none", min_area_px=0, data=data,
+        task=request.task, arch=task.arch, encoder=task.encoder, in_channels=3, classes=(CLASSES[request.task],), mean=(0.5,) * 3, std=(0.5,) * 3,
+        scale=scale, px_size_um=px_size_um, tile=task.crop, threshold=0.5, tta="none", min_area_px=0, data=data,
         params={"train": train.model_dump(), request.task: task.model_dump()}, metrics={}, code=code_version(), parent=None, weights_sha256="0" * 64)
 
 
@@ -119,7 +120,7 @@ def common_px_size(
         raise EqError(f"{cohort.name}: pixel sizes {sorted(sizes)} um (and {unknown} unknown) are mixed; train on one")
     return sizes.pop() if sizes else None
 
-# %% ../../nbs/73_workflows.train.ipynb #42e75b0e
+# %% ../../nbs/73_workflows.train.ipynb #ea5ec333
 def working_factor(
     task: TaskConfig,  # Section of the task
     px_size_um: float | None,  # Of the training images, None where unknown
@@ -130,10 +131,20 @@ def working_factor(
         return given
     return task.scale if px_size_um is None else round(task.working_um / px_size_um, 6)
 
-# %% ../../nbs/73_workflows.train.ipynb #05453522
+# %% ../../nbs/73_workflows.train.ipynb #362a5d8e
+def with_network(
+    request: TrainRequest,  # What to train
+) -> dict[str, Any]:  # Its values, and the architecture and encoder that its start demands
+    "What departs from params.yaml. A value that contradicts the checkpoint stays: the transfer refuses it by name."
+    if str(request.start) == SCRATCH:
+        return request.values
+    donor = read_meta(checkpoint_folder(request.start))
+    return {"arch": donor.arch, "encoder": donor.encoder} | request.values
+
+# %% ../../nbs/73_workflows.train.ipynb #eeea4cff
 def _train(request: TrainRequest, split: Split, run: Run) -> FitResult:
     "Reads, builds, fits; inside a run that writes the manifest."
-    train, task = settings(request.task, request.values)
+    train, task = settings(request.task, with_network(request))
     used = split.train.table["image"].tolist() + split.validate.table["image"].tolist()
     masks = split.train.table["mask"].tolist() + split.validate.table["mask"].tolist()
     for path in used + masks:
@@ -144,7 +155,7 @@ def _train(request: TrainRequest, split: Split, run: Run) -> FitResult:
     _need_objects({"training": samples, "validation": valid}, split.train)
     meta = _description(request, split, px_size_um, scale, (train, task))
     meta = replace(meta, min_area_px=speck_area(samples, scale))
-    model = create_unet(train.arch, train.encoder, 3, 1, pretrained=train.pretrained, seed=train.seed)
+    model = create_unet(task.arch, task.encoder, 3, 1, pretrained=train.pretrained, seed=train.seed)
     transferred = str(request.start) != SCRATCH
     if transferred:
         run.add_input(Path(request.start) / "model.safetensors")
@@ -182,7 +193,7 @@ def train_segmentation(
         run.log.info("trained", validation_dice=round(result.meta.metrics["validation_dice"], 3), crops=result.crops, seconds=round(result.seconds))
     return result
 
-# %% ../../nbs/73_workflows.train.ipynb #d75daec1
+# %% ../../nbs/73_workflows.train.ipynb #bb302ca2
 HELP = {"source": "Registered source, cohort CSV, or folder of images and masks", "out": "Run folder [default: a new one below outputs/]",
         "start": "'scratch', or the checkpoint folder to start from", "scheme": "How images are split [default: what the source declares]",
         "fold": "Which fold is the test part (grouped k-fold)", "resume": "Go on in --out from its last checkpoint",
@@ -208,7 +219,7 @@ def options(
             for n, f in fields.items()]
     return first + keys
 
-# %% ../../nbs/73_workflows.train.ipynb #80fc0793
+# %% ../../nbs/73_workflows.train.ipynb #972e5f83
 def train_command(
     task: str,  # "mito" or "glom"
 ) -> Callable[..., None]:  # For Typer
