@@ -6,7 +6,7 @@
 __all__ = ['BAND_PX', 'COLUMNS', 'UM_COLUMNS', 'LabelImage', 'ArrayLabels', 'label_bands', 'outline_lengths', 'instance_table',
            'records']
 
-# %% ../../nbs/50_quantification.instances.ipynb #b25c15c7
+# %% ../../nbs/50_quantification.instances.ipynb #babe4c64
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from scipy import ndimage
 from ..core.registry import EqError
 from ..data.pxsize import checked_px_size
 
-# %% ../../nbs/50_quantification.instances.ipynb #20715fde
+# %% ../../nbs/50_quantification.instances.ipynb #e69c434b
 class LabelImage(Protocol):
     "Whole numbers that can be read by region; a label file opened with `eq.data.io.open_image` is one."
 
@@ -78,7 +78,7 @@ def label_bands(
         short = (margin - (y - top), margin - (bottom - y - n))
         yield y, np.pad(rows, (short, (0, 0))) if any(short) else rows
 
-# %% ../../nbs/50_quantification.instances.ipynb #100b04a4
+# %% ../../nbs/50_quantification.instances.ipynb #5996acf4
 _CROSS = ndimage.generate_binary_structure(2, 1)
 _KERNEL = np.array([[10, 2, 10], [2, 1, 2], [10, 2, 10]])
 _LENGTHS = np.zeros(50)
@@ -96,7 +96,7 @@ def outline_lengths(
     code = np.asarray(ndimage.convolve(outline.astype(np.uint8), _KERNEL, mode="constant"), np.intp)
     return _LENGTHS[code[2:-2, 1:-1]] * outline[2:-2, 1:-1]
 
-# %% ../../nbs/50_quantification.instances.ipynb #188d587c
+# %% ../../nbs/50_quantification.instances.ipynb #f12eff8a
 COLUMNS = ("label", "y", "x", "area_px2", "perimeter_px", "eq_diameter_px", "top", "left", "bottom", "right", "touches_border")
 UM_COLUMNS = ("area_um2", "perimeter_um", "eq_diameter_um")  # only where the pixel size is known
 
@@ -137,10 +137,11 @@ def _limited(old: np.ndarray | None, values: tuple[np.ndarray, np.ndarray], how:
     (np.minimum if low else np.maximum).at(found, *values)
     return found
 
-# %% ../../nbs/50_quantification.instances.ipynb #93588f58
+# %% ../../nbs/50_quantification.instances.ipynb #82a18e40
 def instance_table(
     labels: LabelImage | np.ndarray,  # 0 background, each object a number of its own
     px_size_um: float | None = None,  # Micrometres per pixel; None leaves out every column in um
+    border_px: int = 0,  # An object this near to the border counts as touching it
 ) -> pd.DataFrame:  # One row an object by rising label: COLUMNS, and UM_COLUMNS where the pixel size is known
     "Measures every object. Raises EqError for labels that are no whole numbers, and for a pixel size that is not positive."
     image = ArrayLabels(labels) if isinstance(labels, np.ndarray) else labels
@@ -151,7 +152,8 @@ def instance_table(
     table["perimeter_px"], table["eq_diameter_px"] = found["length"][label], np.sqrt(4 * area / np.pi)
     for side in ("top", "left", "bottom", "right"):
         table[side] = found[side][label]
-    ends = (table["top"] == 0) | (table["left"] == 0) | (table["bottom"] == image.height) | (table["right"] == image.width)
+    near, far = border_px, (image.height - border_px, image.width - border_px)
+    ends = (table["top"] <= near) | (table["left"] <= near) | (table["bottom"] >= far[0]) | (table["right"] >= far[1])
     table["touches_border"] = ends
     if px_size_um is not None:
         px = checked_px_size(px_size_um)
