@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recipe', 'AUGMENTS', 'no_change', 'electron_microscopy', 'light_microscopy', 'augment']
 
-# %% ../../nbs/15_data.augment.ipynb #2c90fd0b
+# %% ../../nbs/15_data.augment.ipynb #0fe0cc01
 import os
 from collections.abc import Callable
 from functools import cache
@@ -16,8 +16,9 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it looks for a newer v
 import albumentations as A  # noqa: E402
 
 from ..core.registry import Registry  # noqa: E402
+from .glass import Glass  # noqa: E402
 
-# %% ../../nbs/15_data.augment.ipynb #7784d5ff
+# %% ../../nbs/15_data.augment.ipynb #270469c4
 Recipe = Callable[[], list]
 AUGMENTS: Registry[Recipe] = Registry("augmentation")
 
@@ -41,7 +42,7 @@ def electron_microscopy() -> list:  # Albumentations transforms
 
 @AUGMENTS.register("histology")
 def light_microscopy() -> list:  # Albumentations transforms
-    "Stain, scanner colour, focus and compression of a brightfield slide (Tellez et al. 2019, doi 10.1016/j.media.2019.101544)."
+    "Stain, scanner colour, focus and compression of a brightfield slide (Tellez et al. 2019, doi 10.1016/j.media.2019.101544), and edges of the tissue."
     return [
         A.HueSaturationValue(hue_shift_limit=12, sat_shift_limit=35, val_shift_limit=15, p=0.7),
         A.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.25, p=0.6),
@@ -49,9 +50,10 @@ def light_microscopy() -> list:  # Albumentations transforms
         A.RGBShift(r_shift_limit=12, g_shift_limit=12, b_shift_limit=12, p=0.4),
         A.ElasticTransform(alpha=60, sigma=10, p=0.25),
         A.OneOf([A.GaussianBlur(sigma_limit=(0.4, 1.5), blur_limit=0), A.GaussNoise(std_range=(0.01, 0.05))], p=0.3),
+        Glass(p=0.3),
     ]
 
-# %% ../../nbs/15_data.augment.ipynb #5042b2b5
+# %% ../../nbs/15_data.augment.ipynb #52f1e290
 @cache
 def _composed(recipe: str) -> A.Compose:
     "Building a pipeline costs more than running it, so each is built once; its random state is set anew at every call."
