@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'STARTS', 'NETWORK', 'SOURCES', 'MITO_TIMES', 'fewer_labels', 'shares_of', 'Beginning', 'from_mito',
-           'from_scratch', 'from_imagenet', 'train_and_score', 'verdict', 'transfer_rows', 'bench_transfer']
+           'from_scratch', 'from_imagenet', 'from_painted', 'train_and_score', 'verdict', 'transfer_rows',
+           'bench_transfer']
 
-# %% ../../nbs/77k_workflows.bench_transfer.ipynb #e8683c6f
+# %% ../../nbs/77k_workflows.bench_transfer.ipynb #da5400fa
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from .bench_segment import Scored, difference_rows, score_case, summary_rows
 from .bench_variants import Case
 from .train import TrainRequest, train_segmentation
 
-# %% ../../nbs/77k_workflows.bench_transfer.ipynb #f3f5e3e7
+# %% ../../nbs/77k_workflows.bench_transfer.ipynb #ce202083
 SHARES = (0.05, 0.10, 0.25, 1.0)
 
 
@@ -51,7 +52,7 @@ def shares_of(
     "Shares that are different trainings."
     return list({max(1, math.ceil(s * n - 1e-9)): s for s in shares}.values())
 
-# %% ../../nbs/77k_workflows.bench_transfer.ipynb #dcddff31
+# %% ../../nbs/77k_workflows.bench_transfer.ipynb #999131fe
 @dataclass(frozen=True)
 class Beginning:
     "What a start hands to a training."
@@ -82,8 +83,8 @@ def from_mito(
 def from_scratch(
     checkpoint: Path,  # Not looked at
 ) -> Beginning:  # Random weights
-    "Random weights in the same network."
-    return Beginning(values=_network())
+    "Random weights in the same network, and real images from the first step."
+    return Beginning(values=(*_network(), ("rehearsal", 0.0)))
 
 
 @STARTS.register("imagenet")
@@ -93,7 +94,15 @@ def from_imagenet(
     "The encoder comes from ImageNet. Training raises EqError where the weights cannot be had."
     return Beginning(values=(*_network(), ("pretrained", True)))
 
-# %% ../../nbs/77k_workflows.bench_transfer.ipynb #9613d7aa
+
+@STARTS.register("painted")
+def from_painted(
+    checkpoint: Path,  # Not looked at
+) -> Beginning:  # Random weights and a rehearsal
+    "Random weights in the same network, a part of the minutes on painted glomeruli, the rest on real ones."
+    return Beginning(values=(*_network(), ("rehearsal", load_config().glom.rehearsal or 0.3)))
+
+# %% ../../nbs/77k_workflows.bench_transfer.ipynb #95e27ddb
 def train_and_score(
     case: Case,  # Split with fewer labels, seed, minutes, folder
     name: str,  # The variant, for example "mito 25 %"
@@ -123,7 +132,7 @@ def verdict(
         said.append(f"at {share} of the labels it {word} ({e['']:+.3f} Dice, {e['_low']:+.3f} to {e['_high']:+.3f})")
     return f"{source}, start from mitochondria against scratch: " + "; ".join(said) + "."
 
-# %% ../../nbs/77k_workflows.bench_transfer.ipynb #01b9e3ff
+# %% ../../nbs/77k_workflows.bench_transfer.ipynb #4fc2225d
 SOURCES = {"glom_pas": "em_vnc", "synthetic_kidney": "synthetic_em"}  # glomeruli, and the mitochondria that are learned first
 MITO_TIMES = 4  # the mitochondria network trains this many times as long as a glomerulus network: its cost is paid once
 
@@ -139,6 +148,7 @@ def _one_source(source: str, mito: Path, plan: Case, names: list[str]) -> list[S
     cohort, scored = load_source(source), []
     declared = all(cohort.table["part"])
     split = split_cohort(cohort, "declared") if declared else split_cohort(cohort, "grouped_kfold", k=3, fold=plan.fold, seed=0)
+    names = [n for n in names if n != "painted" or not cohort.synthetic]  # painted glomeruli are what it learns anyway
     for share in shares_of(len(split.train)):
         case = replace(plan, split=fewer_labels(split, share, plan.seed), folder=plan.folder / f"{source}-seed{plan.seed}-fold{plan.fold}-{share:g}")
         case.folder.mkdir(parents=True, exist_ok=True)
