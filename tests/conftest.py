@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("EQ__GLOM__PAINTED", "0")
 os.environ.setdefault("EQ__GLOM__REHEARSAL", "0")  # painting takes a minute; what a rehearsal does is tested in its notebook
 
 

@@ -89,6 +89,8 @@ def test_nothing_outgrows_its_room(module):
 def test_no_pickle_is_ever_loaded():
     "Weights and states are safetensors and JSON: no line of the package can run a payload."
     for module in MODULES:
+        if module.relative_to(ROOT / "eq").as_posix() == "models/unpickle.py":
+            continue  # the contained child of `eq models extract-weights`, whose classes are stand-ins: tests/test_extract_weights.py
         text = module.read_text(encoding="utf-8")
-        for forbidden in ("load_learner(", "pickle.load", "torch.load(", "joblib.load", "allow_pickle=True", "np.load("):
+        for forbidden in ("load_learner(", "pickle.load", "torch.load(", "joblib.load", "allow_pickle=True", "np.load(", ".Unpickler"):
             assert forbidden not in text, f"{module.name} uses {forbidden}"

@@ -6,7 +6,7 @@
 __all__ = ['NOT_KEYS', 'DataConfig', 'TrainConfig', 'TaskConfig', 'PredictConfig', 'EvaluateConfig', 'DemoConfig', 'BenchConfig',
            'LogConfig', 'Config', 'load_config', 'describe']
 
-# %% ../../nbs/00_core.config.ipynb #42c3eda5
+# %% ../../nbs/00_core.config.ipynb #cdc96762
 import os
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from .paths import params_file, read_yaml
 from .registry import EqError, unknown_name
 from .results import Strict, invalid
 
-# %% ../../nbs/00_core.config.ipynb #f3119666
+# %% ../../nbs/00_core.config.ipynb #4fa06054
 class DataConfig(Strict):
     "Where images are and how they are read."
 
@@ -61,6 +61,7 @@ class TaskConfig(Strict):
     encoder_lr: float = Field(gt=0, le=1, description="After a transfer: the encoder's learning rate as a part of lr")
     frozen_until: float = Field(ge=0, lt=1, description="After a transfer: part of the run in which the encoder does not learn")
     rehearsal: float = Field(ge=0, lt=1, description="From scratch: part of the run that is spent first on painted images")
+    painted: float = Field(ge=0, lt=1, description="From scratch: share of crops from painted images in the rest of the run")
 
 
 class PredictConfig(Strict):
@@ -72,7 +73,7 @@ class PredictConfig(Strict):
     tile: int = Field(ge=64, multiple_of=32, description="Edge of a tile, pixels at the working resolution")
     overlap: int = Field(ge=0, description="Pixels that neighbouring tiles share and blend over")
 
-# %% ../../nbs/00_core.config.ipynb #7ba9aa90
+# %% ../../nbs/00_core.config.ipynb #00501181
 class EvaluateConfig(Strict):
     "How predictions are scored."
 
@@ -91,7 +92,7 @@ class DemoConfig(Strict):
     min_dice: float = Field(ge=0, le=1, description="Exit with 1 below this Dice on unseen animals")
     seed: int = Field(ge=0, description="Seed of images and training")
 
-# %% ../../nbs/00_core.config.ipynb #b7c4ad3d
+# %% ../../nbs/00_core.config.ipynb #b7b43b84
 class BenchConfig(Strict):
     "How benchmarks are run."
 
@@ -120,7 +121,7 @@ class Config(Strict):
     bench: BenchConfig
     log: LogConfig
 
-# %% ../../nbs/00_core.config.ipynb #a92b2b2f
+# %% ../../nbs/00_core.config.ipynb #3ba3cf6f
 NOT_KEYS = {"EQ__MODE", "EQ__OUTPUTS"}  # variables of eq that stand for no key of a section
 
 
@@ -153,7 +154,7 @@ def _from_environment() -> dict[str, Any]:
             found[key] = text if key == "data.root" else yaml.safe_load(text)  # a folder may be called 2026
     return found
 
-# %% ../../nbs/00_core.config.ipynb #13770443
+# %% ../../nbs/00_core.config.ipynb #bba6aaa5
 def _read_params(path: Path) -> dict[str, Any]:
     "A YAML file that holds sections. Raises EqError naming the file."
     values = read_yaml(path)
@@ -161,7 +162,7 @@ def _read_params(path: Path) -> dict[str, Any]:
         raise EqError(f"{path} holds no sections; valid: {_valid_keys(())}")
     return values
 
-# %% ../../nbs/00_core.config.ipynb #bce01d42
+# %% ../../nbs/00_core.config.ipynb #8e027b3d
 def load_config(
     path: str | Path | None = None,  # A params.yaml; default is the one of the checkout
     mode: str | None = None,  # development, production or debug; default is EQ__MODE, then what the file says
@@ -182,7 +183,7 @@ def load_config(
     except ValidationError as e:
         raise invalid(e, file.name, _valid_keys) from e
 
-# %% ../../nbs/00_core.config.ipynb #2f73c2a6
+# %% ../../nbs/00_core.config.ipynb #5537ea0c
 @cache
 def _documented(section: str) -> dict[str, str]:
     "Description of each key of a section."

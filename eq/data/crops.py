@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sample', 'to_working', 'mask_to_working', 'CropPlan', 'CropStream']
 
-# %% ../../nbs/17_data.crops.ipynb #267a899a
+# %% ../../nbs/17_data.crops.ipynb #8d71e485
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from ..core.registry import EqError
 from .augment import augment
 
-# %% ../../nbs/17_data.crops.ipynb #2e64bc96
+# %% ../../nbs/17_data.crops.ipynb #d365142e
 @dataclass(frozen=True)
 class Sample:
     "An image (H, W, 3) uint8 and its mask (H, W) uint8 of classes, both at working resolution."
@@ -25,6 +25,7 @@ class Sample:
     image: np.ndarray
     mask: np.ndarray
     name: str = ""
+    painted: bool = False  # synthetic, shown beside real ones: see `CropPlan.painted`
 
     def __post_init__(self) -> None:
         if self.image.shape[:2] != self.mask.shape:
@@ -49,7 +50,7 @@ def mask_to_working(
     "Resamples a binary mask: a working pixel is set where at least half of it is covered."
     return (to_working(mask * np.uint8(255), scale) >= 128).astype(np.uint8)
 
-# %% ../../nbs/17_data.crops.ipynb #b21d1265
+# %% ../../nbs/17_data.crops.ipynb #57f1cf2c
 @dataclass(frozen=True)
 class CropPlan:
     "How crops are drawn. Sizes in working pixels."
@@ -60,6 +61,7 @@ class CropPlan:
     zoom: tuple[float, float] = (0.75, 1.33)  # magnification, drawn log-uniformly
     paste: float = 0.0  # chance that an object of another image is pasted in
     recipe: str = "none"  # augmentation, a name from eq.data.augment.AUGMENTS
+    painted: float = 0.0  # share of crops from painted samples, where there are any
 
 
 def _affine(rng: np.random.Generator, plan: CropPlan, centre: tuple[float, float]) -> np.ndarray:
@@ -78,7 +80,7 @@ def _warp(pixels: np.ndarray, matrix: np.ndarray, size: int, nearest: bool = Fal
     flags = cv2.WARP_INVERSE_MAP | (cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR)
     return cv2.warpAffine(pixels, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REFLECT_101)
 
-# %% ../../nbs/17_data.crops.ipynb #f8e090fe
+# %% ../../nbs/17_data.crops.ipynb #a008a654
 def _objects(pairs: Sequence[Sample], min_area: int = 30) -> list[tuple[np.ndarray, np.ndarray]]:
     "Whole objects (not cut by the image's border) with a margin: (image patch, mask patch)."
     found = []
@@ -106,7 +108,7 @@ def _paste(crop: tuple[np.ndarray, np.ndarray], thing: tuple[np.ndarray, np.ndar
     image[:] = (alpha * pixels + (1 - alpha) * image + 0.5).astype(np.uint8)
     mask[cover >= 0.5] = 1
 
-# %% ../../nbs/17_data.crops.ipynb #ec52ea7b
+# %% ../../nbs/17_data.crops.ipynb #628dc1de
 class CropStream(Dataset):
     "Endless supply of training crops: item i is a function of (seed, i). Images (C, H, W) float32 normalised, masks (H, W) float32."
 
@@ -124,7 +126,8 @@ class CropStream(Dataset):
         self.pairs, self.plan, self.length, self.seed, self.start = list(pairs), plan, length, seed, 0
         self.mean, self.std = np.asarray(mean, np.float32) * 255, np.asarray(std, np.float32) * 255
         self._positive = [np.argwhere(p.mask)[:: max(1, int(p.mask.sum()) // 20_000)] for p in self.pairs]
-        self._with_object = [i for i, at in enumerate(self._positive) if len(at)]
+        real, painted = ([i for i, p in enumerate(self.pairs) if p.painted == kind] for kind in (False, True))
+        self._pools = [(pool, [i for i in pool if len(self._positive[i])]) for pool in (real or painted, painted if real else [])]
         self._bank = _objects(self.pairs) if plan.paste else []
 
     def __len__(self) -> int:
@@ -139,8 +142,10 @@ class CropStream(Dataset):
     ) -> tuple[np.ndarray, np.ndarray]:  # (size, size, 3) uint8 and (size, size) uint8
         "The crop before normalisation: for looking at."
         rng, plan = np.random.default_rng([self.seed, index]), self.plan
-        positive = bool(self._with_object) and rng.random() < plan.positive
-        which = int(rng.choice(self._with_object)) if positive else int(rng.integers(len(self.pairs)))
+        aside = bool(self._pools[1][0]) and rng.random() < plan.painted
+        pool, with_object = self._pools[aside]
+        positive = bool(with_object) and rng.random() < plan.positive
+        which = int(rng.choice(with_object)) if positive else pool[int(rng.integers(len(pool)))]
         pair = self.pairs[which]
         if positive:
             centre = rng.choice(self._positive[which]) + rng.uniform(-plan.size / 3, plan.size / 3, 2)

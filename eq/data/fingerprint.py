@@ -6,7 +6,7 @@
 __all__ = ['SIDE', 'GRID', 'CORNERS', 'MAX_DECODED', 'VERSION', 'grey_thumbnail', 'orientations', 'perceptual_hash',
            'band_vector', 'Features', 'local_features', 'Fingerprint', 'make_fingerprint', 'fingerprints']
 
-# %% ../../nbs/13b_data.fingerprint.ipynb #44f08a1f
+# %% ../../nbs/13b_data.fingerprint.ipynb #190ecf95
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from safetensors.numpy import load_file, save_file
 from scipy.fft import dctn
 from tqdm.auto import tqdm
 
-from ..core.files import atomic_write, sha256_file
+from ..core.files import atomic_write, sha256_path
 from ..core.paths import outputs_root
 from ..core.registry import EqError
 from .io import Image, open_image
 
-# %% ../../nbs/13b_data.fingerprint.ipynb #c4db33e3
+# %% ../../nbs/13b_data.fingerprint.ipynb #97164b46
 SIDE = 384  # Longer side of a thumbnail, at most
 GRID = 32  # Side of the picture that the perceptual hash sees
 
@@ -42,7 +42,7 @@ def orientations(
     "The pictures that flips and quarter turns make of one."
     return [np.ascontiguousarray(np.rot90(g, turn)) for g in (grey, grey[:, ::-1]) for turn in range(4)]
 
-# %% ../../nbs/13b_data.fingerprint.ipynb #6b005a09
+# %% ../../nbs/13b_data.fingerprint.ipynb #974fb276
 def perceptual_hash(
     grey: np.ndarray,  # (h, w) uint8
 ) -> np.ndarray:  # (64,) bool
@@ -62,7 +62,7 @@ def band_vector(
     length = float(np.linalg.norm(detail))
     return (detail / length if length > 1 else detail * 0).ravel()
 
-# %% ../../nbs/13b_data.fingerprint.ipynb #9b2fef01
+# %% ../../nbs/13b_data.fingerprint.ipynb #ca1d9d95
 CORNERS = 400
 
 
@@ -84,7 +84,7 @@ def local_features(
         return Features(np.zeros((0, 2), np.float32), np.zeros((0, 32), np.uint8))
     return Features(np.array([c.pt for c in corners], np.float32), codes)
 
-# %% ../../nbs/13b_data.fingerprint.ipynb #6eb9f9ad
+# %% ../../nbs/13b_data.fingerprint.ipynb #02b98b43
 MAX_DECODED = 2**26  # Pixels; of larger images only the file is hashed
 VERSION = "1"  # Of what is kept
 
@@ -123,9 +123,9 @@ def make_fingerprint(
     turned = orientations(thumb)
     hashes, vectors = np.array([perceptual_hash(t) for t in turned]), np.array([band_vector(t) for t in turned])
     features = local_features(thumb), local_features(np.ascontiguousarray(thumb[:, ::-1]))
-    return Fingerprint(file_sha256 or sha256_file(path), pixels, image.height, image.width, thumb, hashes, vectors, *features)
+    return Fingerprint(file_sha256 or sha256_path(Path(path)), pixels, image.height, image.width, thumb, hashes, vectors, *features)
 
-# %% ../../nbs/13b_data.fingerprint.ipynb #379f61e9
+# %% ../../nbs/13b_data.fingerprint.ipynb #3f36467f
 def _kept(sha256: str) -> Path:
     return outputs_root() / "cache" / "fingerprints" / sha256[:2] / f"{sha256}.safetensors"
 
@@ -162,7 +162,7 @@ def fingerprints(
     "Fingerprints of images, kept for the next time. Raises EqError for unreadable ones."
     found = {}
     for path in tqdm([str(p) for p in paths], desc="fingerprints", disable=quiet):
-        sha256 = sha256_file(path)
+        sha256 = sha256_path(Path(path))
         mark = _stored(sha256)
         if mark is None:
             mark = make_fingerprint(path, sha256)

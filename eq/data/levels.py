@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Level', 'Pyramid', 'levels_of', 'plane_count', 'level_table', 'finer_level', 'LevelView', 'BlockPixels']
 
-# %% ../../nbs/10k_data.levels.ipynb #4825ea87
+# %% ../../nbs/10k_data.levels.ipynb #090b38b8
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ import numpy as np
 from ..core.registry import EqError
 from .pixels import MAX_SEGMENT_BYTES, Layout, Pixels, check_region
 from .raster import decoding
-from .segments import CACHE_BYTES, CACHE_ROWS, SegmentCache
+from .segments import segment_cache
 
-# %% ../../nbs/10k_data.levels.ipynb #53b64fd1
+# %% ../../nbs/10k_data.levels.ipynb #de7debc5
 @dataclass(frozen=True)
 class Level:
     "One resolution: its size, and how many pixels of the full image one of its pixels spans along a side."
@@ -70,7 +70,7 @@ class Pyramid:
             raise EqError(f"plane {plane} does not exist; choose from 0 to {self.planes - 1}")
         return self if self._open_plane is None else self._open_plane(plane)
 
-# %% ../../nbs/10k_data.levels.ipynb #0acd475c
+# %% ../../nbs/10k_data.levels.ipynb #890d1d91
 def levels_of(
     pixels: Pixels,  # Of any reader
 ) -> tuple[Pixels, ...]:  # The full resolution first
@@ -103,7 +103,7 @@ def finer_level(
         raise EqError(f"downsample {downsample!r} is not valid; expected a positive number, 1 for the full resolution")
     return max((i for i, level in enumerate(levels) if level.downsample <= downsample * 1.01), default=0)
 
-# %% ../../nbs/10k_data.levels.ipynb #7b94e233
+# %% ../../nbs/10k_data.levels.ipynb #8e99adc0
 @dataclass(frozen=True)
 class LevelView:
     "One level of an image as an image: regions are in its own pixels."
@@ -145,7 +145,7 @@ class LevelView:
         "The region as a picture."
         return self.image.rgb(y, x, h, w, self.level)
 
-# %% ../../nbs/10k_data.levels.ipynb #1b134eab
+# %% ../../nbs/10k_data.levels.ipynb #f0c374b5
 class BlockPixels:
     "Regions pasted from blocks on a grid that starts at the top left corner."
 
@@ -159,7 +159,7 @@ class BlockPixels:
         if min(block) < 1 or block[0] * block[1] * layout.channels * layout.dtype.itemsize > MAX_SEGMENT_BYTES:
             raise EqError(f"{path}: blocks of {block[0]}x{block[1]} pixels cannot be read; expected 1 pixel to {MAX_SEGMENT_BYTES >> 20} MiB")
         self.path, self.layout, self.block, self._load, self._lock = path, layout, block, load, threading.RLock()
-        self._cache = SegmentCache(max(CACHE_BYTES, CACHE_ROWS * layout.width * layout.channels * layout.dtype.itemsize))
+        self._cache = segment_cache(layout)
 
     def _block(self, i: int, j: int) -> np.ndarray:
         rows, columns = min(self.block[0], self.layout.height - i * self.block[0]), min(self.block[1], self.layout.width - j * self.block[1])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEEP_BYTES', 'MAX_GZIP_BYTES', 'MAX_OFFSET', 'looks_like_nifti', 'nifti_px_size', 'NiftiVolume', 'open_nifti']
 
-# %% ../../nbs/10j_data.nifti.ipynb #e697f9aa
+# %% ../../nbs/10j_data.nifti.ipynb #3a09f214
 import gzip
 import io
 import math
@@ -22,7 +22,7 @@ from .pixels import Layout, Pixels, Rescale
 from .pxsize import MAX_BODY_UM, square_px_size
 from .raster import RasterPixels, check_declared_size, decoding
 
-# %% ../../nbs/10j_data.nifti.ipynb #0afdf859
+# %% ../../nbs/10j_data.nifti.ipynb #684b08f3
 KEEP_BYTES = 256 * 2**20  # a gzipped volume up to this size is inflated once and kept
 MAX_GZIP_BYTES = 4 * 2**30  # a larger one has to be unpacked: gzip has no way to its middle
 MAX_OFFSET = 2**26  # extensions before the pixels
@@ -47,13 +47,17 @@ def _header(path: Path) -> Any:
     nib = _nibabel()
     with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
         head = file.read(540)
-    if head[344:348] == b"n+1\0":
-        return nib.Nifti1Header(head[:348])
-    if head[4:8] == b"n+2\0":
-        return nib.Nifti2Header(head[:540])
-    raise EqError("the content is no NIfTI file")
+    one, two = head[344:348] == b"n+1\0", head[4:8] == b"n+2\0"
+    if not one and not two:
+        raise EqError("the content is no NIfTI file")
+    kind, size = (nib.Nifti1Header, 348) if one else (nib.Nifti2Header, 540)
+    with nib.imageglobals.LoggingOutputSuppressor():
+        header = kind(head[:size])
+    raw = kind(head[:size], check=False)  # nibabel makes 1 of a pixel size of 0; here 0 stays 0, which is no size
+    header["pixdim"][1:4] = np.abs(raw["pixdim"][1:4])
+    return header
 
-# %% ../../nbs/10j_data.nifti.ipynb #87b2b132
+# %% ../../nbs/10j_data.nifti.ipynb #5b8a07c1
 _UM = {"meter": 1e6, "mm": 1e3, "micron": 1.0}
 
 
@@ -67,7 +71,7 @@ def nifti_px_size(
         return None, f"unknown (nifti says {x:g} x {y:g} without a unit)"
     return square_px_size(x * _UM[unit], y * _UM[unit], "nifti", MAX_BODY_UM)
 
-# %% ../../nbs/10j_data.nifti.ipynb #d2c31361
+# %% ../../nbs/10j_data.nifti.ipynb #6dcb8737
 class NiftiVolume:
     "A NIfTI file: its header, checked against the size of the file, and slices of it."
 
@@ -118,7 +122,7 @@ class NiftiVolume:
         stored = np.asarray(proxy[(slice(None), slice(None), *(int(i) for i in at))])
         return np.ascontiguousarray(self.rescale.apply(stored.astype(self.rescale.stored, copy=False)).T)
 
-# %% ../../nbs/10j_data.nifti.ipynb #4195a129
+# %% ../../nbs/10j_data.nifti.ipynb #adf9a26f
 def _plane(volume: NiftiVolume, plane: int) -> RasterPixels:
     at = np.unravel_index(plane, volume.shape[2:], order="F") if volume.shape[2:] else ()
     note = ", ".join(f"{axis}={i} of {n}" for axis, i, n in zip("ZTUVW", at, volume.shape[2:], strict=False) if n > 1)

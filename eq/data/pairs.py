@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['IMAGE_WORDS', 'MASK_WORDS', 'PART_WORDS', 'role_and_key', 'Pair', 'PairReport', 'find_pairs']
 
-# %% ../../nbs/12c_data.pairs.ipynb #b89aa5bc
+# %% ../../nbs/12c_data.pairs.ipynb #78712944
+import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.registry import EqError
-from .io import is_image_path, readable_suffixes
+from .io import is_image_folder, is_image_path, readable_suffixes
 
-# %% ../../nbs/12c_data.pairs.ipynb #6de3b07d
+# %% ../../nbs/12c_data.pairs.ipynb #1fe4a7ce
 IMAGE_WORDS = ("image", "images", "img", "imgs", "raw", "original", "originals")
 MASK_WORDS = ("mask", "masks", "label", "labels", "seg", "segmentation", "segmentations", "annotation", "annotations")
 MASK_WORDS += ("gt", "groundtruth", "ground_truth")
@@ -29,7 +30,8 @@ def role_and_key(
 ) -> tuple[str, str, str]:  # "image" or "mask", the key that a pair shares, the part that a folder declares or ""
     "What a file is, judged by the words in its path."
     folders = [p.casefold() for p in path.parts[:-1]]
-    stem = path.name.removesuffix(".ome" + path.suffix).removesuffix(path.suffix)  # x.ome.tif is x
+    suffix = path.suffix if is_image_path(path) else ""  # the folder of a series may have dots in its name
+    stem = path.name.removesuffix(".ome" + suffix).removesuffix(suffix)  # x.ome.tif is x
     named_mask, named_image = _MASK_NAME.fullmatch(stem), _IMAGE_NAME.fullmatch(stem)
     is_mask = bool(named_mask) or any(f in MASK_WORDS for f in folders)
     name = named_mask["key"] if named_mask else named_image["key"] if named_image else stem
@@ -37,7 +39,7 @@ def role_and_key(
     part = next((PART_WORDS[f] for f in folders if f in PART_WORDS), "")
     return ("mask" if is_mask else "image"), "/".join([*rest, name]).casefold(), part
 
-# %% ../../nbs/12c_data.pairs.ipynb #536a50e6
+# %% ../../nbs/12c_data.pairs.ipynb #732607eb
 @dataclass(frozen=True)
 class Pair:
     "One image, its mask where there is one, and the part that its folders declare."
@@ -60,16 +62,22 @@ class PairReport:
 def _listed(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise EqError(f"no folder {folder}; give one that holds images, for example images/ and masks/")
-    found = sorted(p for p in folder.rglob("*") if is_image_path(p) and p.is_file())
-    files = [p for p in found if not any(part.startswith((".", "__MACOSX")) for part in p.relative_to(folder).parts)]
-    if not files:
+    containers, files, whole = {*IMAGE_WORDS, *MASK_WORDS, *PART_WORDS}, list[Path](), list[Path]()
+    for place, folders, names in os.walk(folder):
+        hidden = (".", "__MACOSX")
+        inside = [Path(place, n) for n in sorted(folders) if not n.startswith(hidden)]
+        images = [p for p in inside if p.name.casefold() not in containers and is_image_folder(p)]
+        folders[:] = [p.name for p in inside if p not in images]  # what is one image is not looked into
+        whole += images
+        files += [p for n in names if not n.startswith(hidden) and is_image_path(p := Path(place, n)) and p.is_file()]
+    if not files and not whole:
         raise EqError(f"no image ({', '.join(readable_suffixes())}) in {folder} or below")
-    return files
+    return sorted(files + whole)
 
-# %% ../../nbs/12c_data.pairs.ipynb #fe13522a
+# %% ../../nbs/12c_data.pairs.ipynb #07fb18d7
 def find_pairs(
     folder: str | Path,  # Looked through with everything below it
-) -> PairReport:  # Every image file of the folder occurs in it once
+) -> PairReport:  # Every image of the folder occurs in it once
     "Recognise image/mask pairs. Raises EqError for a folder that is missing or holds no image."
     folder = Path(folder).expanduser().resolve()
     by_key: defaultdict[str, dict[str, list[tuple[Path, str]]]] = defaultdict(lambda: {"image": [], "mask": []})

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Bands', 'level_sizes', 'halve', 'Halver', 'BandSpool', 'cascade', 'write_tiff_pyramid', 'write_plain_tiff',
-           'ngff_attributes', 'write_zarr_pyramid']
+           'ZarrLevel', 'ngff_attributes', 'write_zarr_pyramid']
 
-# %% ../../nbs/10n_data.pyramid.ipynb #8b74ef5e
+# %% ../../nbs/10n_data.pyramid.ipynb #95efbcb5
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +22,7 @@ from ..core.files import TEMP_PREFIX, atomic_write, staged_folder, write_error
 from ..core.registry import EqError
 from .write import TILE, TiffPlan, tiff_options, tile_rows
 
-# %% ../../nbs/10n_data.pyramid.ipynb #c0113b97
+# %% ../../nbs/10n_data.pyramid.ipynb #082fc45d
 Bands = Callable[[], Iterable[np.ndarray]]  # Called again for every pass over the image
 
 
@@ -52,7 +52,7 @@ def halve(
         sums += full[a::2, b::2]
     return (sums / 4 if rows.dtype.kind == "f" else (sums + 2) // 4).astype(rows.dtype)
 
-# %% ../../nbs/10n_data.pyramid.ipynb #2634b520
+# %% ../../nbs/10n_data.pyramid.ipynb #2772a918
 class Halver:
     "Halves an image that comes in bands."
 
@@ -76,7 +76,7 @@ class Halver:
         "What is left at the bottom edge."
         return None if self._odd is None else halve(self._odd, self.nearest)
 
-# %% ../../nbs/10n_data.pyramid.ipynb #4859ea73
+# %% ../../nbs/10n_data.pyramid.ipynb #078f56cf
 class BandSpool:
     "Bands on disk: written once from the top, read as often as needed."
 
@@ -128,7 +128,7 @@ def cascade(
             take(level, rows)
         rows = rows if rows is not None and len(rows) else None
 
-# %% ../../nbs/10n_data.pyramid.ipynb #6c676a25
+# %% ../../nbs/10n_data.pyramid.ipynb #b5521248
 def _tiles(bands: Iterable[np.ndarray], plan: TiffPlan, channel: int | None, name: str) -> Iterator[np.ndarray]:
     if channel is None:
         return tile_rows(bands, plan, name)
@@ -157,7 +157,7 @@ class _Spools:
 
         return passing
 
-# %% ../../nbs/10n_data.pyramid.ipynb #cbb0e2b5
+# %% ../../nbs/10n_data.pyramid.ipynb #ceefb25c
 def _shape(plan: TiffPlan) -> tuple[int, ...]:
     size = (plan.height, plan.width)
     return size if plan.axes == "YX" else (*size, plan.channels) if plan.axes == "YXS" else (plan.channels, *size)
@@ -192,7 +192,7 @@ def write_tiff_pyramid(
             spool.close()
     return path
 
-# %% ../../nbs/10n_data.pyramid.ipynb #01b2028d
+# %% ../../nbs/10n_data.pyramid.ipynb #e920272c
 def write_plain_tiff(
     path: str | Path,  # Final name, usually *.tif
     bands: Bands,  # Gives consecutive rows from the top
@@ -207,14 +207,25 @@ def write_plain_tiff(
         writer.write(_all_tiles(bands, plan, str(path)), shape=_shape(plan), dtype=plan.dtype, maxworkers=1, **options)
     return Path(path)
 
-# %% ../../nbs/10n_data.pyramid.ipynb #50b36800
-class _ZarrLevel:
-    # collects rows until they fill a row of chunks; array axes are (c,) y, x
-    def __init__(self, array: Any, dtype: np.dtype, channels: int):
-        self.array, self.channels, self.row, self.filled = array, channels, 0, 0
-        self.buffer = np.zeros((TILE, array.shape[-1], channels), dtype)
+# %% ../../nbs/10n_data.pyramid.ipynb #a9ac885a
+class ZarrLevel:
+    "Rows into an array of a zarr group from the top, a row of chunks at a time; axes of the array are (c,) y, x."
 
-    def add(self, rows: np.ndarray) -> None:
+    def __init__(
+        self,
+        array: Any,  # A zarr array with chunks of TILE
+        channels: int = 1,  # Of the rows
+    ):
+        self.array, self.channels, self.row, self.filled = array, channels, 0, 0
+        self.buffer = np.zeros((TILE, array.shape[-1], channels), array.dtype)
+
+    def add(
+        self,
+        rows: np.ndarray,  # (n, W) or (n, W, channels)
+    ) -> None:
+        "The next rows. Raises EqError when there are more than the array has, and on a full disk."
+        if self.row + self.filled + len(rows) > self.array.shape[-2] or rows.shape[1] != self.array.shape[-1]:
+            raise EqError(f"{self.array.store_path}: rows {rows.shape} at row {self.row + self.filled} do not fit {self.array.shape[-2:]}")
         rows, at = rows.reshape(*rows.shape[:2], self.channels), 0
         while at < len(rows):
             take = min(TILE - self.filled, len(rows) - at)
@@ -224,10 +235,14 @@ class _ZarrLevel:
                 self.flush()
 
     def flush(self) -> None:
-        for x in range(0, self.array.shape[-1] if self.filled else 0, TILE):
-            part = np.moveaxis(self.buffer[: self.filled, x : x + TILE], 2, 0)
-            rows = slice(self.row, self.row + self.filled)
-            self.array[(slice(None), rows, slice(x, x + TILE)) if self.array.ndim == 3 else (rows, slice(x, x + TILE))] = part[slice(None) if self.array.ndim == 3 else 0]
+        "Writes what is left; one chunk at a time, so that after an error nothing goes on writing behind our back."
+        rows, flat = slice(self.row, self.row + self.filled), self.array.ndim == 2
+        try:
+            for x in range(0, self.array.shape[-1] if self.filled else 0, TILE):
+                part, columns = np.moveaxis(self.buffer[: self.filled, x : x + TILE], 2, 0), slice(x, x + TILE)
+                self.array[(rows, columns) if flat else (slice(None), rows, columns)] = part[0] if flat else part
+        except OSError as error:
+            raise write_error(error, Path(str(self.array.store_path).removeprefix("file://"))) from error
         self.row, self.filled = self.row + self.filled, 0
 
 
@@ -248,7 +263,7 @@ def ngff_attributes(
         datasets.append({"path": str(level), "coordinateTransformations": [{"type": "scale", "scale": scale}]})
     return {"ome": {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": datasets}]}} | ({"eq": {"kind": kind}} if kind else {})
 
-# %% ../../nbs/10n_data.pyramid.ipynb #c69b4dfa
+# %% ../../nbs/10n_data.pyramid.ipynb #51084b89
 def write_zarr_pyramid(
     path: str | Path,  # Folder to make, usually *.ome.zarr
     bands: Bands,  # Gives consecutive rows from the top
@@ -268,7 +283,7 @@ def write_zarr_pyramid(
         for n, size in enumerate(sizes):
             shape, chunks = ((plan.channels, *size), (plan.channels, TILE, TILE)) if many else (size, (TILE, TILE))
             array = group.create_array(str(n), shape=shape, chunks=chunks, dtype=np.dtype(plan.dtype), dimension_names=("c", "y", "x")[-len(shape) :])
-            levels.append(_ZarrLevel(array, np.dtype(plan.dtype), plan.channels))
+            levels.append(ZarrLevel(array, plan.channels))
         halvers, seen = [Halver(nearest) for _ in sizes[1:]], 0
         for band in bands():
             seen += len(band)

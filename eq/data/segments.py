@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DEFLATE', 'BEST_RATIO', 'STREAMS', 'Region', 'CACHE_BYTES', 'CACHE_ROWS', 'Plane', 'check_plane', 'check_inflated',
-           'stream_px', 'check_stream', 'decode_segment', 'read_contiguous', 'read_segments', 'SegmentCache']
+           'stream_px', 'check_stream', 'decode_segment', 'read_contiguous', 'read_segments', 'SegmentCache',
+           'segment_cache']
 
-# %% ../../nbs/10d_data.segments.ipynb #9f129d8f
+# %% ../../nbs/10d_data.segments.ipynb #d15bdf4d
 import math
 import zlib
 from collections import OrderedDict
@@ -17,9 +18,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..core.registry import EqError
-from .pixels import MAX_SEGMENT_BYTES
+from .pixels import MAX_SEGMENT_BYTES, Layout
 
-# %% ../../nbs/10d_data.segments.ipynb #1df37f60
+# %% ../../nbs/10d_data.segments.ipynb #9f1dc528
 DEFLATE = (8, 32946)
 BEST_RATIO = {1: 1, 5: 4096, 6: 2048, 7: 2048, 8: 1032, 32773: 64, 32946: 1032}  # decoded bytes that one stored byte can hold at most
 
@@ -34,7 +35,7 @@ class Plane:
     start: int | None
     jpegtables: bytes | None = None
 
-# %% ../../nbs/10d_data.segments.ipynb #05705f86
+# %% ../../nbs/10d_data.segments.ipynb #d1993eb9
 def check_plane(
     plane: Plane,  # What the tags say
     page: Any,  # The tifffile page that describes its type and size
@@ -61,7 +62,7 @@ def check_plane(
     if (plane.counts > 0).all() and stored * 8 * ratio < bits:
         raise EqError(f"declares {bits // 8} bytes of pixels, which {stored} stored bytes cannot hold")
 
-# %% ../../nbs/10d_data.segments.ipynb #bf430762
+# %% ../../nbs/10d_data.segments.ipynb #a7236505
 _SAFE_INFLATE = 512 * 2**20
 
 
@@ -79,7 +80,7 @@ def check_inflated(
         if total > limit:
             raise EqError(f"a strip or tile inflates to more than the {limit} bytes it declares: refused")
 
-# %% ../../nbs/10d_data.segments.ipynb #4af5ce7e
+# %% ../../nbs/10d_data.segments.ipynb #c5b1cf36
 _START_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # ITU-T T.81 table B.1; F7 is JPEG-LS
 STREAMS = (6, 7, 33003, 33004, 33005, 34712)  # compressions of a TIFF that are such streams
 
@@ -109,7 +110,7 @@ def check_stream(
     if declared is not None and declared > limit:
         raise EqError(f"a compressed tile declares {declared} pixels where {limit} values are expected: refused")
 
-# %% ../../nbs/10d_data.segments.ipynb #609146ff
+# %% ../../nbs/10d_data.segments.ipynb #5052a7fd
 def decode_segment(
     file: BinaryIO,  # The opened file
     plane: Plane,  # Where the segments are
@@ -130,7 +131,7 @@ def decode_segment(
     values, _, shape = page.decode(data, index, _fullsize=page.is_tiled, **extra)
     return np.full(shape, page.nodata, page.dtype)[0] if values is None else values[0]
 
-# %% ../../nbs/10d_data.segments.ipynb #e3f0aa52
+# %% ../../nbs/10d_data.segments.ipynb #7164f6c2
 Region = tuple[int, int, int, int]  # y, x, h, w
 
 
@@ -156,7 +157,7 @@ def read_contiguous(
                 raise EqError("the file became shorter while it was read")
         target[..., run : run + width] = raw
 
-# %% ../../nbs/10d_data.segments.ipynb #22a08661
+# %% ../../nbs/10d_data.segments.ipynb #eedba27a
 def read_segments(
     page: Any,  # The tifffile page that describes the plane
     region: Region,  # Inside the image
@@ -178,7 +179,7 @@ def read_segments(
                 part = values[top - i * tile_h : bottom - i * tile_h, left - j * tile_w : right - j * tile_w]
                 into[top - y : bottom - y, left - x : right - x] = part
 
-# %% ../../nbs/10d_data.segments.ipynb #e971cff7
+# %% ../../nbs/10d_data.segments.ipynb #788422a3
 CACHE_BYTES = 64 * 2**20
 CACHE_ROWS = 1024
 
@@ -206,3 +207,9 @@ class SegmentCache:
         while self.bytes > self.limit and len(self._items) > 1:
             self.bytes -= self._items.popitem(last=False)[1].nbytes
         return self._items[key]
+
+def segment_cache(
+    layout: Layout,  # Of the image
+) -> SegmentCache:  # Empty
+    "A cache for an image: CACHE_BYTES, or CACHE_ROWS of its rows where that is more."
+    return SegmentCache(max(CACHE_BYTES, CACHE_ROWS * layout.width * layout.channels * layout.dtype.itemsize))

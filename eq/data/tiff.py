@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PILLOW_CODECS', 'COLOURS', 'TRUSTED_TAGS', 'MAX_LEVELS', 'plane_numbers', 'TiffPixels', 'check_tiff', 'open_tiff']
 
-# %% ../../nbs/10f_data.tiff.ipynb #d0eae173
+# %% ../../nbs/10f_data.tiff.ipynb #3dcb0607
 import logging
 import math
 import re
@@ -24,20 +24,9 @@ from .levels import Pyramid
 from .pixels import Layout, check_region
 from .pxsize import imagej_unit, ome_px_size, tag_px_size
 from .raster import RasterPixels, check_declared_size, decode_pil, decoding
-from eq.data.segments import (
-    CACHE_BYTES,
-    CACHE_ROWS,
-    DEFLATE,
-    Plane,
-    Region,
-    SegmentCache,
-    check_plane,
-    decode_segment,
-    read_contiguous,
-    read_segments,
-)
+from .segments import DEFLATE, Plane, Region, check_plane, decode_segment, read_contiguous, read_segments, segment_cache
 
-# %% ../../nbs/10f_data.tiff.ipynb #2cc4cbf6
+# %% ../../nbs/10f_data.tiff.ipynb #c2e99766
 PILLOW_CODECS = (2, 3, 4, 5, 6, 7, 32773)  # fax, LZW, JPEG, PackBits: decoded in one piece where imagecodecs is not installed
 COLOURS = {0: "grey", 1: "grey", 2: "rgb", 3: "palette", 6: "rgb"}  # PhotometricInterpretation, TIFF 6.0
 
@@ -65,7 +54,7 @@ class _Complaints(logging.Filter):
             if "invalid page offset" in text or "corrupted file" in text or (tag and int(tag[1]) in TRUSTED_TAGS):
                 raise EqError(f"{text}; the file is damaged or truncated")
 
-# %% ../../nbs/10f_data.tiff.ipynb #a3de0831
+# %% ../../nbs/10f_data.tiff.ipynb #3f40d7fb
 @contextmanager
 def _parsing(path: Path) -> Iterator[_Complaints]:
     complaints, log = _Complaints(), logging.getLogger("tifffile")
@@ -78,7 +67,7 @@ def _parsing(path: Path) -> Iterator[_Complaints]:
     finally:
         log.removeFilter(complaints)
 
-# %% ../../nbs/10f_data.tiff.ipynb #0f2851db
+# %% ../../nbs/10f_data.tiff.ipynb #fda8da39
 def plane_numbers(
     axes: str,  # Names of the leading axes, for example "TZC"
     counts: tuple[int, ...],  # Their lengths
@@ -93,7 +82,7 @@ def plane_numbers(
     pages = [int(np.ravel_multi_index([c if a == "C" else int(i) for a, i in zip(axes, at, strict=True)], counts)) if axes else 0 for c in range(channels)]
     return pages, ", ".join(f"{a}={i} of {n}" for a, i, n in zip(axes, at, others, strict=True) if n > 1)
 
-# %% ../../nbs/10f_data.tiff.ipynb #df560269
+# %% ../../nbs/10f_data.tiff.ipynb #f39f3a11
 class TiffPixels:
     "Regions of a TIFF. Only the strips or tiles that a region touches are read and decoded."
 
@@ -105,7 +94,7 @@ class TiffPixels:
         planes: list[Plane],  # One for each channel that has pages of its own
     ):
         self.path, self.layout, self._page, self._planes, self._lock = path, layout, page, planes, threading.RLock()
-        self._cache = SegmentCache(max(CACHE_BYTES, CACHE_ROWS * layout.width * layout.channels * layout.dtype.itemsize))
+        self._cache = segment_cache(layout)
 
     def read(
         self,
@@ -122,7 +111,7 @@ class TiffPixels:
                 _read_plane(file, (y, x, h, w), target, self, number)
         return out[..., 0] if self.layout.channels == 1 else out
 
-# %% ../../nbs/10f_data.tiff.ipynb #771db0ff
+# %% ../../nbs/10f_data.tiff.ipynb #81eed13a
 def _read_plane(file: Any, region: Region, target: np.ndarray, pixels: TiffPixels, number: int) -> None:
     plane, page, cache = pixels._planes[number], pixels._page, pixels._cache
     if plane.start is not None:
@@ -130,7 +119,7 @@ def _read_plane(file: Any, region: Region, target: np.ndarray, pixels: TiffPixel
     else:
         read_segments(page, region, target, lambda i: cache.get((number, i), lambda: decode_segment(file, plane, page, i)))
 
-# %% ../../nbs/10f_data.tiff.ipynb #c94de4f4
+# %% ../../nbs/10f_data.tiff.ipynb #d168dffa
 def _kind(page: Any, planes: int) -> str:
     samples = page.samplesperpixel
     if page.photometric not in COLOURS:
@@ -144,7 +133,7 @@ def _kind(page: Any, planes: int) -> str:
         return "rgb" if samples == 3 else "rgb+alpha"
     return "grey+alpha" if samples == 2 and page.extrasamples and page.extrasamples[0] in (1, 2) else "channels"
 
-# %% ../../nbs/10f_data.tiff.ipynb #cbab92aa
+# %% ../../nbs/10f_data.tiff.ipynb #2ce1012b
 def _px_size(tif: TiffFile, page: Any) -> tuple[float | None, str]:
     if tif.ome_metadata and "PhysicalSizeX" in tif.ome_metadata:
         return ome_px_size(tif.ome_metadata)
@@ -163,7 +152,7 @@ def _palette(page: Any) -> np.ndarray | None:
     colours = np.asarray(page.colormap)
     return (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8).T.copy()
 
-# %% ../../nbs/10f_data.tiff.ipynb #3af2fe4d
+# %% ../../nbs/10f_data.tiff.ipynb #d592351c
 def _stack(series: Any, page: Any) -> tuple[str, tuple[int, ...]]:
     "Names and lengths of the axes that pages are numbered by."
     lead = len(series.shape) - len(page.shape)
@@ -184,7 +173,7 @@ def _planes(series: Any, page: Any, plane: int) -> tuple[list[Plane], str]:
         planes.append(Plane(np.array(offsets, np.uint64), np.array(counts, np.uint64), start, tables))
     return planes, note
 
-# %% ../../nbs/10f_data.tiff.ipynb #966a03ac
+# %% ../../nbs/10f_data.tiff.ipynb #2672c659
 def _needs_pillow(page: Any) -> bool:
     if page.photometric == 6 and page.compression not in (6, 7):
         return True  # tifffile would hand out YCbCr as if it were RGB
@@ -201,7 +190,7 @@ def _pillow_pixels(path: Path, layout: Layout, planes: list[Plane]) -> RasterPix
     check_declared_size(path, layout.height, layout.width)
     return RasterPixels(path, layout, lambda: decode_pil(path, "TIFF"))
 
-# %% ../../nbs/10f_data.tiff.ipynb #1cea9f98
+# %% ../../nbs/10f_data.tiff.ipynb #029771d4
 def _checked(path: Path, tif: TiffFile, series: Any, plane: int) -> tuple[Any, Layout, list[Plane]]:
     page = series.keyframe
     if page.dtype is None or 0 in page.shaped:
@@ -237,7 +226,7 @@ def check_tiff(
     with _parsing(path) as complaints, TiffFile(path, _multifile=False) as tif:
         _levels(path, tif, 0, complaints)
 
-# %% ../../nbs/10f_data.tiff.ipynb #92ca2fef
+# %% ../../nbs/10f_data.tiff.ipynb #d5055f9c
 def open_tiff(
     path: Path,  # A file that starts with a TIFF or BigTIFF signature
     plane: int = 0,  # Of a stack: its number among all axes but channels

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FitOptions', 'channel_stats', 'Fit', 'end_epoch', 'FitResult', 'fit_segment']
 
-# %% ../../nbs/36_training.fit_segment.ipynb #2398b0ee
+# %% ../../nbs/36_training.fit_segment.ipynb #0595f250
 # fastai builds much of itself at run time, where a type checker cannot follow
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ from .loss import LOSSES
 from .state import Progress, Trainee, load_state, save_state
 from .validate import Eye, Validation, validate
 
-# %% ../../nbs/36_training.fit_segment.ipynb #ac910203
+# %% ../../nbs/36_training.fit_segment.ipynb #da264d3b
 @dataclass(frozen=True)
 class FitOptions:
     "How a segmentation network is fitted."
@@ -66,15 +66,16 @@ class FitOptions:
         if self.keep not in ("best", "last"):
             raise EqError(f"keep = {self.keep!r}; valid: 'best' or 'last'")
 
-# %% ../../nbs/36_training.fit_segment.ipynb #461e04c7
+# %% ../../nbs/36_training.fit_segment.ipynb #8872e315
 def channel_stats(
     samples: Sequence[Sample],  # Training images
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:  # Mean and standard deviation per channel, on the 0-1 scale
-    "Mean and standard deviation over all pixels. A constant channel gets 1 / 255, so that nothing is divided by zero."
-    pixels = np.concatenate([s.image.reshape(-1, s.image.shape[-1])[::7] for s in samples]).astype(np.float64) / 255
+    "Mean and standard deviation over all pixels of real images. A constant channel gets 1 / 255, so that nothing is divided by zero."
+    real = [s for s in samples if not s.painted] or samples
+    pixels = np.concatenate([s.image.reshape(-1, s.image.shape[-1])[::7] for s in real]).astype(np.float64) / 255
     return tuple(pixels.mean(0).round(6).tolist()), tuple(np.maximum(pixels.std(0), 1 / 255).round(6).tolist())
 
-# %% ../../nbs/36_training.fit_segment.ipynb #2ad7bdb3
+# %% ../../nbs/36_training.fit_segment.ipynb #b02363a7
 class Fit:
     "A training run in a folder. Use `fit_segment`."
 
@@ -134,7 +135,7 @@ class Fit:
         found = {"validation_dice": score.dice, "step": self.clock.step, "seconds": self.clock.seconds(), **metrics}
         return replace(self.meta, threshold=score.threshold, tta=score.tta, metrics=found)
 
-# %% ../../nbs/36_training.fit_segment.ipynb #515d5dfb
+# %% ../../nbs/36_training.fit_segment.ipynb #b1e2cf85
 def end_epoch(
     fit: Fit,  # The run
     loss: float,  # Mean training loss of the epoch
@@ -160,7 +161,7 @@ def end_epoch(
     fit.stream.start = clock.step * fit.options.batch_size
     return finished
 
-# %% ../../nbs/36_training.fit_segment.ipynb #4f98d6b8
+# %% ../../nbs/36_training.fit_segment.ipynb #37adf51b
 @dataclass(frozen=True)
 class FitResult:
     "What a training run leaves behind."

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['PICTURE', 'SHOWN', 'pair_picture', 'leak_page', 'AuditRequest', 'audit_source', 'parse_options', 'command']
 
-# %% ../../nbs/79b_workflows.audit.ipynb #5c8d9abf
-from dataclasses import dataclass, field
+# %% ../../nbs/79b_workflows.audit.ipynb #6be911c7
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 import cv2
 import numpy as np
+import pandas as pd
 import typer
 
 from ..core.files import atomic_write
-from ..core.provenance import start_run
+from ..core.provenance import Run, start_run
 from ..core.registry import EqError
 from ..data.cohort import USES, Cohort
 from ..data.io import open_image
@@ -23,8 +24,9 @@ from ..data.leakage import Leak, LeakReport, find_leaks
 from ..data.source import load_source
 from ..data.split import Split, split_cohort
 from ..reporting.render import Check, Figure, Report, Section, Stat, write_report
+from .audit_score import ScorePlan, answer, score_leaks
 
-# %% ../../nbs/79b_workflows.audit.ipynb #1f970135
+# %% ../../nbs/79b_workflows.audit.ipynb #1a137cfa
 PICTURE = 260  # Height of a pair, pixels
 SHOWN = 60  # Pairs with a picture; the table has them all
 
@@ -40,7 +42,7 @@ def pair_picture(
         sides.append(cv2.resize(small, (width, PICTURE), interpolation=cv2.INTER_AREA))
     return np.concatenate([sides[0], np.full((PICTURE, 8, 3), 255, np.uint8), sides[1]], axis=1)
 
-# %% ../../nbs/79b_workflows.audit.ipynb #5b4e3842
+# %% ../../nbs/79b_workflows.audit.ipynb #a9617c82
 def _figures(report: LeakReport) -> tuple[Figure, ...]:
     names = [" and ".join(f"{Path(i).name} ({p})" for i, p in zip(leak.images, leak.parts, strict=True)) for leak in report.leaks]
     return tuple(Figure(pair_picture(k), f"{k.verdict}, {k.kind}: {n}. {k.evidence}. {k.reason}") for k, n in zip(report.leaks[:SHOWN], names, strict=False))
@@ -63,7 +65,7 @@ def leak_page(
     sections += [Section("Pictures", more, figures=_figures(report))] if report.leaks else []
     return Report(f"Audit of {what}", answer, stats, tuple(sections))
 
-# %% ../../nbs/79b_workflows.audit.ipynb #b01d3443
+# %% ../../nbs/79b_workflows.audit.ipynb #e3937bfc
 @dataclass(frozen=True)
 class AuditRequest:
     "What to look at."
@@ -74,6 +76,7 @@ class AuditRequest:
     options: dict[str, int | float | str] = field(default_factory=dict)  # Of the scheme
     out: Path | None = None  # Run folder; None: a new one below outputs/
     quiet: bool = False  # No progress bar
+    score: ScorePlan | None = None  # Retrain with and without each leak
 
 
 def _parts(request: AuditRequest) -> tuple[Split | dict[str, Cohort], str]:
@@ -83,6 +86,18 @@ def _parts(request: AuditRequest) -> tuple[Split | dict[str, Cohort], str]:
         return dict(zip(names, (source, other), strict=True)), f"{names[0]} against {names[1]}"
     split = split_cohort(source, request.scheme, USES[source.use][0], **request.options)
     return split, f"{source.name} split by {split.unit} ({split.scheme})"
+
+
+def _scored(parts: Split | dict[str, Cohort], report: LeakReport, plan: ScorePlan, run: Run) -> Section:
+    "Both figures, as a table of the run and a section of its page."
+    if not isinstance(parts, Split):
+        raise EqError("--score trains on a split; it cannot be given together with --against")
+    table = score_leaks(parts, report, plan, run.dir / "score", run.log.info)
+    with atomic_write(run.dir / "score.csv") as temp:
+        table.to_csv(temp, index=False)
+    run.add_metrics({"score": table.to_dict("records"), "score_minutes": plan.minutes})
+    about = f"{answer(table)} Each network was trained for {plan.minutes:g} minutes with seed {plan.seed}; one left out has also seen fewer images."
+    return Section("With and without", about, table=table)
 
 
 def audit_source(
@@ -95,7 +110,10 @@ def audit_source(
         report = find_leaks(parts, request.quiet)
         with atomic_write(run.dir / "leaks.csv") as temp:
             report.table().to_csv(temp, index=False)
-        write_report(run.dir / "report.html", leak_page(what, report))
+        page = leak_page(what, report)
+        if request.score is not None:
+            page = replace(page, sections=(*page.sections, _scored(parts, report, request.score, run)))
+        write_report(run.dir / "report.html", page)
         run.add_metrics({"fatal": len(report.fatal), "reported": len(report.leaks) - len(report.fatal), "images": report.images, "pairs": report.pairs})
     return report, run.dir
 
@@ -115,20 +133,26 @@ def parse_options(
             found[name.strip()] = value
     return found
 
-# %% ../../nbs/79b_workflows.audit.ipynb #928e631d
+# %% ../../nbs/79b_workflows.audit.ipynb #f9af5708
 def command(
     source: Annotated[str, typer.Argument(help="Registered source, cohort CSV, or folder of images")],  # What to look at
     scheme: Annotated[str | None, typer.Option(help="How to split; default as the source is usually split")] = None,  # Name of a scheme
     option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the scheme, for example fold=1; may be given several times")] = None,  # Options
     against: Annotated[str | None, typer.Option(help="Another source, CSV or folder that should share nothing with the first")] = None,  # Second cohort
     out: Annotated[Path | None, typer.Option(help="Folder for the results, new or empty [default: a new one below outputs/]")] = None,  # Run folder
+    score: Annotated[bool, typer.Option("--score", help="Retrain with and without each leak and print both figures")] = False,  # Retrain
+    minutes: Annotated[float, typer.Option(min=0.01, help="Minutes of each training of --score")] = 2.0,  # Of each
 ) -> None:
     "List pairs of images that should not have met: shared animals, copies, near-duplicates, overlaps. Exits with 1 where one is fatal."
-    report, folder = audit_source(AuditRequest(source, against, scheme, parse_options(option or []), out))
+    plan = ScorePlan(minutes=minutes) if score else None
+    report, folder = audit_source(AuditRequest(source, against, scheme, parse_options(option or []), out, score=plan))
     table = report.table()
     if len(table):
         shown = table.assign(image=[Path(p).name for p in table["image"]], other=[Path(p).name for p in table["other"]]).drop(columns=["distance", "reason"])
         typer.echo(shown.head(40).to_string(index=False))
+    if (folder / "score.csv").is_file():
+        scores = pd.read_csv(folder / "score.csv")
+        typer.echo(f"{scores.round(3).to_string(index=False)}\n{answer(scores)}")
     typer.echo("\n".join([*report.notes, report.summary(), f"written to {folder}"]))
     if report.fatal:
         raise typer.Exit(1)

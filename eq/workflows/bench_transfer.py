@@ -7,7 +7,7 @@ __all__ = ['SHARES', 'STARTS', 'NETWORK', 'SOURCES', 'MITO_TIMES', 'fewer_labels
            'from_scratch', 'from_imagenet', 'from_painted', 'train_and_score', 'verdict', 'transfer_rows',
            'bench_transfer']
 
-# %% ../../nbs/77k_workflows.bench_transfer.ipynb #da5400fa
+# %% ../../nbs/77k_workflows.bench_transfer.ipynb #0af09be0
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from .bench_segment import Scored, difference_rows, score_case, summary_rows
 from .bench_variants import Case
 from .train import TrainRequest, train_segmentation
 
-# %% ../../nbs/77k_workflows.bench_transfer.ipynb #ce202083
+# %% ../../nbs/77k_workflows.bench_transfer.ipynb #32ecc29a
 SHARES = (0.05, 0.10, 0.25, 1.0)
 
 
@@ -52,7 +52,7 @@ def shares_of(
     "Shares that are different trainings."
     return list({max(1, math.ceil(s * n - 1e-9)): s for s in shares}.values())
 
-# %% ../../nbs/77k_workflows.bench_transfer.ipynb #999131fe
+# %% ../../nbs/77k_workflows.bench_transfer.ipynb #76f9a233
 @dataclass(frozen=True)
 class Beginning:
     "What a start hands to a training."
@@ -84,7 +84,7 @@ def from_scratch(
     checkpoint: Path,  # Not looked at
 ) -> Beginning:  # Random weights
     "Random weights in the same network, and real images from the first step."
-    return Beginning(values=(*_network(), ("rehearsal", 0.0)))
+    return Beginning(values=(*_network(), ("rehearsal", 0.0), ("painted", 0.0)))
 
 
 @STARTS.register("imagenet")
@@ -92,17 +92,18 @@ def from_imagenet(
     checkpoint: Path,  # Not looked at
 ) -> Beginning:  # The encoder's ImageNet weights
     "The encoder comes from ImageNet. Training raises EqError where the weights cannot be had."
-    return Beginning(values=(*_network(), ("pretrained", True)))
+    return Beginning(values=(*_network(), ("pretrained", True), ("rehearsal", 0.0), ("painted", 0.0)))
 
 
 @STARTS.register("painted")
 def from_painted(
     checkpoint: Path,  # Not looked at
 ) -> Beginning:  # Random weights and a rehearsal
-    "Random weights in the same network, a part of the minutes on painted glomeruli, the rest on real ones."
-    return Beginning(values=(*_network(), ("rehearsal", load_config().glom.rehearsal or 0.3)))
+    "Random weights in the same network, painted glomeruli before and beside the real ones."
+    glom = load_config().glom
+    return Beginning(values=(*_network(), ("rehearsal", glom.rehearsal or 0.3), ("painted", glom.painted or 0.4)))
 
-# %% ../../nbs/77k_workflows.bench_transfer.ipynb #95e27ddb
+# %% ../../nbs/77k_workflows.bench_transfer.ipynb #30cbf344
 def train_and_score(
     case: Case,  # Split with fewer labels, seed, minutes, folder
     name: str,  # The variant, for example "mito 25 %"
@@ -132,7 +133,7 @@ def verdict(
         said.append(f"at {share} of the labels it {word} ({e['']:+.3f} Dice, {e['_low']:+.3f} to {e['_high']:+.3f})")
     return f"{source}, start from mitochondria against scratch: " + "; ".join(said) + "."
 
-# %% ../../nbs/77k_workflows.bench_transfer.ipynb #4fc2225d
+# %% ../../nbs/77k_workflows.bench_transfer.ipynb #aa4df6b8
 SOURCES = {"glom_pas": "em_vnc", "synthetic_kidney": "synthetic_em"}  # glomeruli, and the mitochondria that are learned first
 MITO_TIMES = 4  # the mitochondria network trains this many times as long as a glomerulus network: its cost is paid once
 

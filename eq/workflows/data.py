@@ -7,7 +7,7 @@ __all__ = ['ABOUT', 'app', 'COLUMN_HELP', 'SOURCE_HELP', 'LAYOUT_HELP', 'print_t
            'print_leftovers', 'agreed', 'organize', 'parse_columns', 'print_join', 'scores', 'export_patches_of',
            'validate']
 
-# %% ../../nbs/72_workflows.data.ipynb #61b59d61
+# %% ../../nbs/72_workflows.data.ipynb #84fa27f5
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -31,14 +31,16 @@ from .annotations import annotations
 from .anonymise import anonymise
 from .convert import convert
 from .fetch import fetch
+from .quality import quality
 
-# %% ../../nbs/72_workflows.data.ipynb #35fe2d94
+# %% ../../nbs/72_workflows.data.ipynb #5651662d
 ABOUT = "List, show, fetch and organise sources of images; join score sheets."
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help=ABOUT)
 app.command("fetch", epilog="Example: eq data fetch lucchi")(fetch)
 app.command("annotations", epilog="Example: eq data annotations objects.geojson --to coco --out objects.json")(annotations)
 app.command("anonymise", epilog="Example: eq data anonymise slides --out clean")(anonymise)
 app.command("convert", epilog="Example: eq data convert slides --to ome-zarr --out converted")(convert)
+app.command("quality", epilog="Example: eq data quality my_images --out checked --min-px 256")(quality)
 COLUMN_HELP = "which column is what, as role=NAME; roles: image, subject, score, rater, group"
 SOURCE_HELP = "name of a source, a cohort CSV, or a folder of images"
 
@@ -63,7 +65,7 @@ def list_sources() -> None:
     print_table(rows)
     typer.echo(f"images are looked for in {data_root()} (EQ__DATA__ROOT); in place of a name give a cohort CSV or a folder")
 
-# %% ../../nbs/72_workflows.data.ipynb #986a6088
+# %% ../../nbs/72_workflows.data.ipynb #2585c523
 @app.command("show", epilog="Example: eq data show em_vnc")
 def show_source(
     source: Annotated[str, typer.Argument(help=SOURCE_HELP)],  # Name, CSV or folder
@@ -81,7 +83,7 @@ def show_source(
     sizes = ", ".join(f"{name} {len(part)} images of {len(part.units)} {split.unit}s" for name, part in split.parts.items() if len(part))
     typer.echo(f"{'split:':16}{split.scheme}: {sizes}; {len(split.left_out)} left out")
 
-# %% ../../nbs/72_workflows.data.ipynb #2edb82cc
+# %% ../../nbs/72_workflows.data.ipynb #8ce38e7c
 def new_csv(
     out: Path,  # A .csv file, or a folder to hold cohort.csv
 ) -> Path:  # The file to write
@@ -102,7 +104,7 @@ def print_leftovers(
         for name in listed:
             typer.echo(f"  {name}")
 
-# %% ../../nbs/72_workflows.data.ipynb #ed461b4c
+# %% ../../nbs/72_workflows.data.ipynb #72326fa1
 def agreed(
     guess: Guess,  # Shown as a table
     layout: Layout,  # What the user said
@@ -120,7 +122,7 @@ def agreed(
         return layout
     return replace(layout, subject=guess.subject)
 
-# %% ../../nbs/72_workflows.data.ipynb #5f327aad
+# %% ../../nbs/72_workflows.data.ipynb #68ca7bb6
 def _organized(folder: str, layout: Layout, how: str, yes: bool) -> Cohort:
     if folder in SOURCES:
         return load_source(folder)
@@ -136,7 +138,7 @@ def _organized(folder: str, layout: Layout, how: str, yes: bool) -> Cohort:
     print_leftovers("names that fit several files; not in the cohort", report.ambiguous)
     return cohort
 
-# %% ../../nbs/72_workflows.data.ipynb #4467cb8d
+# %% ../../nbs/72_workflows.data.ipynb #d9917759
 LAYOUT_HELP = f"how the folder is laid out: auto, {', '.join(FOLDER_LAYOUTS)}"
 
 
@@ -161,7 +163,7 @@ def organize(
         typer.echo("no subjects: each image is its own unit of splitting; give --subject where several images show one animal")
     typer.echo(f"{len(cohort)} images, {len(cohort.units)} {cohort.split_unit}s: {csv}")
 
-# %% ../../nbs/72_workflows.data.ipynb #a6a59087
+# %% ../../nbs/72_workflows.data.ipynb #b7953988
 def parse_columns(
     pairs: list[str],  # Each "role=NAME", for example "score=Grade"
     tab: str | None = None,  # Sheet of a workbook
@@ -187,7 +189,7 @@ def print_join(
     print_leftovers("names in the sheet without a score", report.sheet_unscored)
     print_leftovers("images without a score", report.images_unmatched)
 
-# %% ../../nbs/72_workflows.data.ipynb #b7173e35
+# %% ../../nbs/72_workflows.data.ipynb #fdc68d0f
 @app.command("scores", epilog="Example: eq data scores sheet.xlsx --source my_images --out scored.csv --column score=Grade")
 def scores(
     sheet: Annotated[Path, typer.Argument(help="CSV or XLSX with one row an image or an animal")],  # Score sheet
@@ -207,7 +209,7 @@ def scores(
     if strict and not report.complete:
         raise typer.Exit(1)
 
-# %% ../../nbs/72_workflows.data.ipynb #211c9c8e
+# %% ../../nbs/72_workflows.data.ipynb #52485d32
 @app.command("export-patches", epilog="Example: eq data export-patches em_vnc --out data/em_patches --size 256 --background 0.2")
 def export_patches_of(
     source: Annotated[str, typer.Argument(help=SOURCE_HELP)],  # Name, CSV or folder
@@ -224,7 +226,7 @@ def export_patches_of(
     csv = export_patches(cohort, out, PatchPlan(size=size, overlap=overlap, background=background, seed=seed))
     typer.echo(f"{len(load_source(csv))} patches of {len(cohort)} images: {csv}")
 
-# %% ../../nbs/72_workflows.data.ipynb #e10b5191
+# %% ../../nbs/72_workflows.data.ipynb #8f567ee9
 @app.command("validate", epilog="Example: eq data validate my_images")
 def validate(
     source: Annotated[str, typer.Argument(help=SOURCE_HELP)],  # Name, CSV or folder

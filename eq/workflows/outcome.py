@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NOUNS', 'SYNTHETIC', 'UNITS', 'Outcome', 'telling_images', 'outlined', 'example_figure', 'score_stats',
-           'outcome_metrics', 'training_section', 'score_section', 'object_table', 'object_section', 'outcome_report',
-           'write_outcome']
+           'outcome_metrics', 'allowed_leaks', 'training_section', 'score_section', 'object_table', 'object_section',
+           'outcome_report', 'write_outcome']
 
-# %% ../../nbs/78_workflows.outcome.ipynb #d121abb3
+# %% ../../nbs/78_workflows.outcome.ipynb #5c8fec74
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from ..core.environment import code_version
-from ..core.files import atomic_write, sha256_file, write_json
+from ..core.files import atomic_write, read_json, sha256_file, write_json
+from ..core.provenance import MANIFEST
 from ..core.registry import EqError
 from ..core.results import Interval
 from ..data.cohort import Cohort
@@ -30,7 +31,7 @@ from ..quantification.instances import ArrayLabels
 from ..reporting.overlay import contact_sheet, overlay
 from ..reporting.render import Check, Figure, Report, Section, Stat, interval_text, write_report
 
-# %% ../../nbs/78_workflows.outcome.ipynb #e59636c4
+# %% ../../nbs/78_workflows.outcome.ipynb #a96fc76d
 NOUNS = {"mito": "mitochondria", "glom": "glomeruli"}  # task, and what a reader calls what it finds
 
 
@@ -53,7 +54,7 @@ class Outcome:
         "What was looked for."
         return NOUNS.get(self.segmenter.meta.task, self.segmenter.meta.task)
 
-# %% ../../nbs/78_workflows.outcome.ipynb #aa3d1bef
+# %% ../../nbs/78_workflows.outcome.ipynb #28a1552b
 def telling_images(
     evaluation: Evaluation,  # At least one scored image
 ) -> dict[str, int]:  # "worst", "median", "best" -> position in `evaluation.images`; fewer where images are few
@@ -86,7 +87,7 @@ def example_figure(
     titles = [f"{name}: {Path(s.image).stem}, Dice {s.pixel.dice:.2f}" for name, s in shown.items()]
     return Figure(contact_sheet(pictures, titles, columns=3, width=11.0), "Blue: found. Amber: the truth. Images that training never saw, by Dice.")
 
-# %% ../../nbs/78_workflows.outcome.ipynb #85c28d5f
+# %% ../../nbs/78_workflows.outcome.ipynb #03f724e3
 SYNTHETIC = "Synthetic images, painted by eq: they show that the way from image to number works, and are evidence of nothing else."
 UNITS = {"subject": "animals", "block": "blocks", "section": "sections", "image": "images", "group": "groups"}
 
@@ -119,6 +120,20 @@ def outcome_metrics(
     return {"images": len(outcome.evaluation.images), "failed": outcome.evaluation.failed, "scores": scores, "checks": checks, **outcome.metrics}
 
 
+def allowed_leaks(
+    trainings: Mapping[str, Path],  # Heading -> run folder with a checkpoint
+) -> dict[str, str]:  # Heading -> the reason that was given, of those that trained in spite of leaks
+    "What `--allow-leak` was given for."
+    found = {}
+    for title, folder in trainings.items():
+        if (Path(folder) / MANIFEST).is_file():
+            leaks = read_json(Path(folder) / MANIFEST)["metrics"].get("leaks", {})
+            if leaks.get("allowed"):
+                fatal = sum(leak["verdict"] == "fatal" for leak in leaks["found"])
+                found[title] = f"{fatal} pairs of images leak between the parts; allowed because: {leaks['allowed']}"
+    return found
+
+
 def training_section(
     trainings: Mapping[str, Path],  # Heading -> run folder with a checkpoint
 ) -> Section:  # Curves and what validation chose
@@ -132,7 +147,8 @@ def training_section(
         if (folder / "curves.png").exists():
             figures.append(Figure(folder / "curves.png", f"{title}: loss and validation Dice.", wide=len(trainings) == 1))
     text = "Resolution, threshold and averaging were chosen on validation images and are stored with the checkpoint."
-    return Section("Training", text, tuple(figures), pd.DataFrame(rows))
+    checks = tuple(Check(f"{title}: no image leaks between training and test", False, why) for title, why in allowed_leaks(trainings).items())
+    return Section("Training", text, tuple(figures), pd.DataFrame(rows), checks)
 
 
 def score_section(
@@ -145,7 +161,7 @@ def score_section(
     failed = "".join(f"\n\nNot scored: {Path(image).name}: {why}" for image, why in evaluation.failed.items())
     return Section("Each image", f"Distances in pixels of the original image.{failed}", table=table.loc[:, [c for c in columns if c in table]])
 
-# %% ../../nbs/78_workflows.outcome.ipynb #b59694de
+# %% ../../nbs/78_workflows.outcome.ipynb #21c05942
 def object_table(
     predictions: str | Path,  # Folder of `eq predict`: summary.csv and one folder an image
     cohort: Cohort,  # Says which unit an image belongs to
@@ -183,7 +199,7 @@ def object_section(
     text = f"{len(objects)} {noun}, {len(whole)} of them whole." + ("" if area == "area_um2" else " The pixel size is unknown, so areas are in px2.")
     return Section("Objects", text, table=table.merge(sizes, left_on=unit, right_index=True, how="left").astype({"whole objects": "Int64"}))
 
-# %% ../../nbs/78_workflows.outcome.ipynb #2b8a4f47
+# %% ../../nbs/78_workflows.outcome.ipynb #60c0300b
 def outcome_report(
     outcome: Outcome,  # What was found
 ) -> Report:  # The answer first
@@ -204,7 +220,7 @@ def outcome_report(
         outcome.title, answer, (*score_stats(outcome.evaluation, outcome.noun), *outcome.stats), shown,
         receipts={f"{title}: model.safetensors": sha256_file(Path(folder) / "model.safetensors") for title, folder in outcome.trainings.items()},
         facts={k: str(v) for k, v in facts.items()},
-        banner=SYNTHETIC if cohort.synthetic else "",
+        banner=" ".join([SYNTHETIC] * cohort.synthetic + [f"Scores may be flattered: {why}." for why in allowed_leaks(outcome.trainings).values()]),
     )
 
 

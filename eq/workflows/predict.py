@@ -6,14 +6,14 @@
 __all__ = ['REQUEST', 'OPTIONS', 'PredictRequest', 'PredictResult', 'same_request', 'predict_images', 'chosen_engine',
            'requested', 'command']
 
-# %% ../../nbs/74_workflows.predict.ipynb #3ae76315
+# %% ../../nbs/74_workflows.predict.ipynb #c1df9a2c
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from inspect import Parameter, Signature
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,15 +23,17 @@ from tqdm.auto import tqdm
 from ..core.config import load_config
 from ..core.files import atomic_write, plain, read_json, write_json
 from ..core.provenance import Run, start_run
-from ..core.registry import EqError
+from ..core.registry import EqError, unknown_name
 from ..data.io import open_image
 from ..data.pxsize import checked_px_size
+from ..inference.gate import BANK, NO_GATE, REFERENCE, REFUSE
 from ..inference.segment import Engine
 from ..models.checkpoint import META, WEIGHTS, checkpoint_folder
 from .batch import ENGINES, Cluster, Mapper
-from .image_job import ImageJob, TileJob, attempt, compute_tiles, expand_images, folder_names, segmenter_of, tile_jobs
+from .cli import with_options
+from .image_job import GATES, ImageJob, TileJob, attempt, compute_tiles, expand_images, folder_names, gate_of, segmenter_of, tile_jobs
 
-# %% ../../nbs/74_workflows.predict.ipynb #ed53a5be
+# %% ../../nbs/74_workflows.predict.ipynb #577dc47a
 @dataclass(frozen=True)
 class PredictRequest:
     "What to predict with what."
@@ -46,6 +48,11 @@ class PredictRequest:
     quiet: bool = False  # No progress bar
     resume: bool = False  # Go on in `out`
     cluster: Cluster = field(default_factory=Cluster)  # Where work goes
+    gate: str = GATES[0]  # What the gate's verdict does: mark, enforce or off
+
+    def __post_init__(self) -> None:
+        if self.gate not in GATES:
+            raise unknown_name("use of the gate", self.gate, list(GATES))
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class PredictResult:
     table: pd.DataFrame  # summary.csv: one row an image
     failed: tuple[str, ...]  # Images that could not be predicted
 
-# %% ../../nbs/74_workflows.predict.ipynb #3a804617
+# %% ../../nbs/74_workflows.predict.ipynb #2d258d03
 REQUEST = "request.json"
 
 
@@ -78,7 +85,8 @@ def same_request(
 def _jobs(request: PredictRequest, folder: Path) -> list[ImageJob]:
     paths, model = expand_images(request.images), checkpoint_folder(request.model)
     names = folder_names(paths)
-    return [ImageJob(p, folder / n, model, request.engine, request.px_size_um, request.rois, request.probability) for p, n in zip(paths, names, strict=True)]
+    wanted = (model, request.engine, request.px_size_um, request.rois, request.probability, request.gate)
+    return [ImageJob(p, folder / n, *wanted) for p, n in zip(paths, names, strict=True)]
 
 
 def _count_tiles(jobs: list[ImageJob]) -> int:
@@ -92,24 +100,29 @@ def _count_tiles(jobs: list[ImageJob]) -> int:
             continue  # it will be listed as failed when its turn comes
     return total
 
-# %% ../../nbs/74_workflows.predict.ipynb #5eb8926b
+# %% ../../nbs/74_workflows.predict.ipynb #8e51fe81
 def _report(rows: list[dict[str, Any]], run: Run) -> pd.DataFrame:
     "Writes summary.csv and what the manifest says."
     table = pd.DataFrame([{k: v for k, v in row.items() if k != "ledger"} for row in rows])
     with atomic_write(run.dir / "summary.csv") as temp:
         table.to_csv(temp, index=False)
     done = [row for row in rows if row["status"] == "done"]
-    run.add_metrics({"images": len(rows), "failed": {row["image"]: row["note"] for row in rows if row["status"] != "done"},
+    run.add_metrics({"images": len(rows), "failed": {row["image"]: row["note"] for row in rows if row["status"] == "failed"},
+                     "gate": table["gate"].value_counts().to_dict() if "gate" in table else {},
                      "objects": sum(row["objects"] for row in done), "tiles": {row["folder"]: row["ledger"] for row in done}})
     return table
 
 
 def _note(row: dict[str, Any], job: ImageJob, run: Run) -> None:
     "One line of the log for one image."
+    if row["status"] == "refused":
+        run.add_input(job.path, row.get("sha256", ""))
+        run.log.warning(f"{job.path.name} refused by the gate and not segmented", reasons=row["gate_reasons"])
+        return
     if row["status"] != "done":
         run.log.error(f"{job.path.name} failed", problem=row["note"])
         return
-    run.add_input(job.path)
+    run.add_input(job.path, row["sha256"])  # a slide is read once
     counts = {"objects": row["objects"], "tiles": row["tiles_done"], "refused": row["tiles_refused"], "skipped": row["tiles_skipped"]}
     run.log.info(f"{job.path.name} done", **counts, seconds=round(row["seconds"], 1))
 
@@ -119,10 +132,15 @@ def _warn(rows: list[dict[str, Any]], run: Run) -> None:
     done = [row for row in rows if row["status"] == "done"]
     if unknown := [row for row in done if row["px_size_um"] is None]:
         run.log.warning(f"pixel size unknown for {len(unknown)} of {len(done)} images: areas in px2 only; give --px-size-um if you know it")
+    if strangers := [row["folder"] for row in done if row.get("gate") == REFUSE]:
+        text = "their numbers should not count, see gate_reasons in summary.csv"
+        run.log.warning(f"{len(strangers)} of {len(done)} images were refused by the gate and segmented all the same; {text}")
+    if any(row.get("gate") == NO_GATE for row in done):
+        run.log.warning("the checkpoint has no gate: whether these images are like its training images is not known")
     if refused := {row["folder"]: row["tiles_refused"] for row in done if row["tiles_refused"]}:
         run.log.warning("tiles were refused, see the ledgers in manifest.json", **refused)
 
-# %% ../../nbs/74_workflows.predict.ipynb #0a4066e4
+# %% ../../nbs/74_workflows.predict.ipynb #2f5a9ad3
 def _cut_up(jobs: list[ImageJob], run: Mapper, bar: Any) -> None:
     "Where there are workers, the tiles of large slides are done first, each by whoever is free."
     pieces: list[TileJob] = [piece for job in jobs for piece in tile_jobs(job)]
@@ -167,11 +185,12 @@ def predict_images(
     if request.px_size_um is not None:
         checked_px_size(request.px_size_um)
     segmenter = segmenter_of(checkpoint_folder(request.model), request.engine)
-    params = {**segmenter.settings(), "px_size_um_given": request.px_size_um, "rois": request.rois, "probability": request.probability}
+    params = {**segmenter.settings(), "px_size_um_given": request.px_size_um, "rois": request.rois, "probability": request.probability, "gate": request.gate}
+    gate = gate_of(checkpoint_folder(request.model), request.engine.device) if request.gate != "off" else None
     with start_run("predict", request.out, params, resume=request.resume) as run:
         same_request(run.dir, params)
         jobs = _jobs(request, run.dir)
-        for name in (WEIGHTS, META):
+        for name in (WEIGHTS, META, *((BANK, REFERENCE) if gate else ())):
             run.add_input(checkpoint_folder(request.model) / name)
         with tqdm(total=_count_tiles(jobs), desc="predicting", unit="tile", disable=request.quiet or None) as bar:
             rows = _rows(jobs, request, run, bar)
@@ -180,7 +199,7 @@ def predict_images(
         table = _report(rows, run)
     return PredictResult(run.dir, table, tuple(row["image"] for row in rows if row["status"] == "failed"))
 
-# %% ../../nbs/74_workflows.predict.ipynb #5949d613
+# %% ../../nbs/74_workflows.predict.ipynb #3c3ca70b
 def chosen_engine(
     device: str | None = None,  # None: as in params.yaml
     precision: str | None = None,  # None: as in params.yaml
@@ -202,6 +221,7 @@ OPTIONS: dict[str, tuple[Any, Any, Any]] = {  # name to type, default, and what 
     "precision": (str | None, None, typer.Option(help="auto, fp32, bf16 or fp16 [params.yaml: predict.precision]")),
     "rois": (bool, False, typer.Option("--rois", help="Also cut out each object with its mask")),
     "probability": (bool, False, typer.Option("--probability", help="Also store probabilities as OME-Zarr")),
+    "gate": (str, GATES[0], typer.Option(help="What the gate's verdict on an image does: mark it in summary.csv, enforce (refused images are skipped), or off")),
     "resume": (bool, False, typer.Option("--resume", help="Go on in --out: finished slides and tiles are kept")),
     "engine": (str, "local", typer.Option(help="local, or dask for several processes or a cluster")),
     "scheduler": (str | None, None, typer.Option(help="A running Dask scheduler, tcp://host:port [default: workers on this machine]")),
@@ -215,10 +235,10 @@ def requested(
     "Options of the command as a request."
     engine = chosen_engine(given["device"], given["precision"], given["backend"])
     cluster = Cluster(given["engine"], given["scheduler"], given["workers"], max(1, (os.cpu_count() or 1) // given["workers"]))
-    plain_ones = {k: given[k] for k in ("model", "out", "px_size_um", "rois", "probability", "resume")}
+    plain_ones = {k: given[k] for k in ("model", "out", "px_size_um", "rois", "probability", "gate", "resume")}
     return PredictRequest(tuple(given["images"]), engine=engine, cluster=cluster, **plain_ones)
 
-# %% ../../nbs/74_workflows.predict.ipynb #7e41da73
+# %% ../../nbs/74_workflows.predict.ipynb #50231680
 def command(
     **given: Any,  # A value for each of OPTIONS
 ) -> None:
@@ -229,11 +249,11 @@ def command(
         if image in result.failed:
             typer.echo(f"failed: {image}: {why}", err=True)
     objects = int(np.nansum(result.table["objects"].to_numpy(float))) if "objects" in result.table else 0
-    typer.echo(f"{n - len(result.failed)} of {n} images segmented, {objects} objects: {result.folder}")
+    if counts := result.table["gate"].value_counts().to_dict() if "gate" in result.table else {}:
+        typer.echo("gate: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    typer.echo(f"{result.table['status'].tolist().count('done')} of {n} images segmented, {objects} objects: {result.folder}")
     if result.failed:
         raise typer.Exit(1)
 
 
-_parameters = [Parameter(k, Parameter.KEYWORD_ONLY, default=d, annotation=Annotated[t, o]) for k, (t, d, o) in OPTIONS.items()]
-command.__signature__ = Signature(_parameters)  # type: ignore[attr-defined]
-command.__annotations__ = {p.name: p.annotation for p in _parameters}
+with_options(command, [(name, *about) for name, about in OPTIONS.items()])

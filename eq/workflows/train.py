@@ -6,17 +6,18 @@
 __all__ = ['CLASSES', 'SCRATCH', 'HELP', 'app', 'TrainRequest', 'settings', 'fit_options', 'common_px_size', 'working_factor',
            'with_network', 'train_segmentation', 'options', 'train_command']
 
-# %% ../../nbs/73_workflows.train.ipynb #f0225335
+# %% ../../nbs/73_workflows.train.ipynb #4d5a1037
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from inspect import Parameter, Signature
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import typer
 
 from ..core.config import Config, TaskConfig, TrainConfig, load_config
+from ..core.files import is_disk_full
 from ..core.provenance import LOG, Run, code_version, start_run
 from ..core.registry import EqError, unknown_name
 from ..core.results import CheckpointMeta
@@ -27,12 +28,15 @@ from ..data.leakage import check_leaks
 from ..data.mask import require_good_pairs
 from ..data.source import load_source
 from ..data.split import Split, split_cohort
+from ..inference.gate import fit_gate
 from ..models.checkpoint import checkpoint_folder, read_meta
 from ..models.unet import create_unet
 from ..training.fit_segment import FitOptions, FitResult, fit_segment
 from ..training.transfer import transfer_weights
+from .cli import Option, with_options
+from .rehearsal import rehearse
 
-# %% ../../nbs/73_workflows.train.ipynb #828e544d
+# %% ../../nbs/73_workflows.train.ipynb #58c0573d
 CLASSES = {"mito": "mitochondrion", "glom": "glomerulus"}  # task, and the name of what it finds
 SCRATCH = "scratch"
 
@@ -78,7 +82,7 @@ def settings(
             raise EqError(f"training option out of range: {str(error).splitlines()[1]} {str(error).splitlines()[2].strip()}") from error
     return made[0], made[1]
 
-# %% ../../nbs/73_workflows.train.ipynb #31077659
+# %% ../../nbs/73_workflows.train.ipynb #dbbc716c
 def fit_options(
     train: TrainConfig,  # Section train
     task: TaskConfig,  # Section of the task
@@ -86,7 +90,7 @@ def fit_options(
     quiet: bool = False,  # No progress bar
 ) -> FitOptions:  # With the crops' plan in it
     "What the training floor is told."
-    crops = CropPlan(size=task.crop, positive=task.positive, paste=task.paste, recipe=task.recipe)
+    crops = CropPlan(size=task.crop, positive=task.positive, paste=task.paste, recipe=task.recipe, painted=task.painted)
     shared: dict[str, Any] = {k: getattr(train, k) for k in ("epochs", "steps_per_epoch", "minutes", "batch_size", "weight_decay", "loss", "ema", "patience",
                                              "keep", "precision", "device", "seed")}
     gentle: dict[str, Any] = {"encoder_lr": task.encoder_lr, "frozen_until": task.frozen_until} if transferred else {}
@@ -120,7 +124,7 @@ def common_px_size(
         raise EqError(f"{cohort.name}: pixel sizes {sorted(sizes)} um (and {unknown} unknown) are mixed; train on one")
     return sizes.pop() if sizes else None
 
-# %% ../../nbs/73_workflows.train.ipynb #ea5ec333
+# %% ../../nbs/73_workflows.train.ipynb #1602f83a
 def working_factor(
     task: TaskConfig,  # Section of the task
     px_size_um: float | None,  # Of the training images, None where unknown
@@ -131,7 +135,7 @@ def working_factor(
         return given
     return task.scale if px_size_um is None else round(task.working_um / px_size_um, 6)
 
-# %% ../../nbs/73_workflows.train.ipynb #362a5d8e
+# %% ../../nbs/73_workflows.train.ipynb #47648cb4
 def with_network(
     request: TrainRequest,  # What to train
 ) -> dict[str, Any]:  # Its values, and the architecture and encoder that its start demands
@@ -141,7 +145,19 @@ def with_network(
     donor = read_meta(checkpoint_folder(request.start))
     return {"arch": donor.arch, "encoder": donor.encoder} | request.values
 
-# %% ../../nbs/73_workflows.train.ipynb #eeea4cff
+# %% ../../nbs/73_workflows.train.ipynb #372422db
+def _add_gate(folder: Path, split: Split, device: str, run: Run) -> None:
+    "Fits the gate on training and validation images, never on test images."
+    try:
+        gate = fit_gate(folder, split.train, split.validate, device=device)
+    except EqError as error:
+        if is_disk_full(error, folder):
+            raise
+        run.log.warning(f"the checkpoint has no gate: {error}")
+        return
+    run.log.info("gate fitted", images=gate.images + gate.validation, left_out=gate.left_out, refuses=gate.refuse is not None)
+
+# %% ../../nbs/73_workflows.train.ipynb #ee5b2c32
 def _train(request: TrainRequest, split: Split, run: Run) -> FitResult:
     "Reads, builds, fits; inside a run that writes the manifest."
     train, task = settings(request.task, with_network(request))
@@ -160,7 +176,15 @@ def _train(request: TrainRequest, split: Split, run: Run) -> FitResult:
     if transferred:
         run.add_input(Path(request.start) / "model.safetensors")
         meta = replace(meta, parent=transfer_weights(model, meta, request.start))
-    result = fit_segment(model, samples, valid, fit_options(train, task, transferred, request.quiet), meta, run.dir, resume=request.resume)
+    options = fit_options(train, task, transferred, request.quiet)
+    began = None if transferred or train.pretrained or split.train.synthetic else rehearse(model, samples, meta, options, task.rehearsal, run.dir)
+    if began:
+        options, meta, samples = began.options, began.meta, [*samples, *began.aside]
+        run.log.info("painted images beside the real ones", **{k: v for k, v in meta.data["painted"].items() if k != "scale"})
+    result = fit_segment(model, samples, valid, options, meta, run.dir, resume=request.resume)
+    if began:
+        result = replace(result, crops=result.crops + began.crops, seconds=result.seconds + began.seconds)
+    _add_gate(run.dir, split, train.device, run)
     run.add_metrics({"validation_dice": result.meta.metrics["validation_dice"], "threshold": result.meta.threshold, "tta": result.meta.tta,
                      "crops": result.crops, "seconds": result.seconds, "split": split.summary().to_dict("records")})
     return result
@@ -177,7 +201,7 @@ def train_segmentation(
     request: TrainRequest,  # What to train on what, and how
 ) -> FitResult:  # Its `.folder` holds the checkpoint and the manifest
     "Trains in a run folder. Raises EqError for bad images (all of them listed), bad options, leaks and full disks; what was finished is kept."
-    settings(request.task, request.values)
+    settings(request.task, with_network(request))
     if request.resume and not (request.out and Path(request.out, LOG).is_file()):
         raise EqError(f"nothing to resume in {request.out}: give --out the folder of the run that was interrupted")
     split = request.prepared or split_cohort(_cohort(request), **request.split)
@@ -193,21 +217,20 @@ def train_segmentation(
         run.log.info("trained", validation_dice=round(result.meta.metrics["validation_dice"], 3), crops=result.crops, seconds=round(result.seconds))
     return result
 
-# %% ../../nbs/73_workflows.train.ipynb #bb302ca2
+# %% ../../nbs/73_workflows.train.ipynb #184d9db7
 HELP = {"source": "Registered source, cohort CSV, or folder of images and masks", "out": "Run folder [default: a new one below outputs/]",
         "start": "'scratch', or the checkpoint folder to start from", "scheme": "How images are split [default: what the source declares]",
         "fold": "Which fold is the test part (grouped k-fold)", "resume": "Go on in --out from its last checkpoint",
         "allow_leak": "Train although images leak between the parts; the reason is printed in the report"}
 
 
-def _option(name: str, kind: Any, default: Any, text: str, flag: str = "") -> Parameter:
-    about = typer.Option(flag or "--" + name.replace("_", "-"), help=text)
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, about])
+def _option(name: str, kind: Any, default: Any, text: str, flag: str = "") -> Option:
+    return name, kind, default, typer.Option(flag or "--" + name.replace("_", "-"), help=text)
 
 
 def options(
     task: str,  # "mito" or "glom"
-) -> list[Parameter]:  # For the command's signature
+) -> list[Option]:  # For `with_options`
     "The command's options: what to train on, then every key of params.yaml for training."
     first = [_option("source", str, Parameter.empty, HELP["source"]), _option("out", Path | None, None, HELP["out"]),
              _option("start", str, SCRATCH, HELP["start"], "--from"), _option("scheme", str | None, None, HELP["scheme"]),
@@ -219,7 +242,7 @@ def options(
             for n, f in fields.items()]
     return first + keys
 
-# %% ../../nbs/73_workflows.train.ipynb #972e5f83
+# %% ../../nbs/73_workflows.train.ipynb #a594e1fb
 def train_command(
     task: str,  # "mito" or "glom"
 ) -> Callable[..., None]:  # For Typer
@@ -235,11 +258,8 @@ def train_command(
         print(f"validation Dice {result.meta.metrics['validation_dice']:.3f} at threshold {result.meta.threshold:.2f}, averaging {result.meta.tta}")
         print(f"checkpoint: {result.folder}")
 
-    parameters = options(task)
-    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__doc__ = f"Train a network that segments the class {CLASSES[task]!r}. Options that are not given are taken from params.yaml."
-    return command
+    return with_options(command, options(task))
 
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train a segmentation network.")
