@@ -6,7 +6,7 @@
 __all__ = ['STAINS', 'GLASS_OD', 'MIN_TISSUE_PX', 'Normaliser', 'NORMALISERS', 'checked_rgb', 'white_of', 'optical_density',
            'Dyes', 'separate', 'tissue_density', 'StainBasis', 'stain_basis', 'macenko', 'reinhard']
 
-# %% ../../nbs/12h_data.stain.ipynb #bf9e909a
+# %% ../../nbs/12h_data.stain.ipynb #42e600b7
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from skimage.color import lab2rgb, rgb2lab, rgb_from_hed, separate_stains
 
 from ..core.registry import EqError, Registry
 
-# %% ../../nbs/12h_data.stain.ipynb #60ae3201
+# %% ../../nbs/12h_data.stain.ipynb #6fa653ca
 def checked_rgb(
     rgb: np.ndarray,  # Picture
 ) -> np.ndarray:  # The same
@@ -40,7 +40,7 @@ def optical_density(
     levels = -np.log10(np.maximum(np.arange(256, dtype=np.float32), 1))
     return levels[checked_rgb(rgb)] + np.log10(np.maximum(np.asarray(white, np.float32), 1))
 
-# %% ../../nbs/12h_data.stain.ipynb #a4b697b8
+# %% ../../nbs/12h_data.stain.ipynb #4ef408ba
 @dataclass(frozen=True)
 class Dyes:
     "The colours of a stain: optical density of one unit of each dye in R, G and B."
@@ -66,7 +66,7 @@ STAINS: Registry[Dyes] = Registry("stain")
 STAINS.register("pas")(Dyes("pas", (0.644211, 0.716556, 0.266844), (0.175411, 0.972178, 0.154589), "G. Landini, vectors of ImageJ's colour deconvolution"))
 STAINS.register("he")(Dyes("eosin", _triple(rgb_from_hed[0]), _triple(rgb_from_hed[1]), "Ruifrok and Johnston 2001, as in scikit-image"))
 
-
+# %% ../../nbs/12h_data.stain.ipynb #ae59d7e6
 def separate(
     rgb: np.ndarray,  # (h, w, 3) uint8
     stain: str = "pas",  # A name of STAINS
@@ -77,7 +77,7 @@ def separate(
     # scikit-image counts density in units of 6 (the logarithm to base 1e-6)
     return 6 * separate_stains(light.astype(np.float32), STAINS[stain].unmix.astype(np.float32))[..., :2].astype(np.float32)
 
-# %% ../../nbs/12h_data.stain.ipynb #4fb3f168
+# %% ../../nbs/12h_data.stain.ipynb #5cc51fa8
 GLASS_OD = 0.15  # Less dense is glass: Macenko et al. 2009
 MIN_TISSUE_PX = 100  # Fewer say nothing about a stain
 Normaliser = Callable[[np.ndarray], np.ndarray]  # (h, w, 3) uint8 to the same
@@ -93,7 +93,7 @@ def tissue_density(
         raise EqError(f"{len(tissue)} pixels hold dye; at least {MIN_TISSUE_PX} are needed to know a stain")
     return tissue
 
-# %% ../../nbs/12h_data.stain.ipynb #59a64649
+# %% ../../nbs/12h_data.stain.ipynb #d9ce96d3
 @dataclass(frozen=True)
 class StainBasis:
     "The two dyes of one picture, and how much of them there is."
@@ -121,7 +121,7 @@ def stain_basis(
     amounts = tissue @ np.linalg.pinv(colours)
     return StainBasis(colours, np.maximum(np.percentile(amounts, 99, axis=0), 1e-3))
 
-# %% ../../nbs/12h_data.stain.ipynb #f94f6b56
+# %% ../../nbs/12h_data.stain.ipynb #cebbb393
 def macenko(
     reference: np.ndarray,  # (h, w, 3) uint8, what others are to look like
 ) -> Normaliser:  # Raises EqError for a picture that shows no two dyes
@@ -136,7 +136,7 @@ def macenko(
 
     return normalise
 
-
+# %% ../../nbs/12h_data.stain.ipynb #20ddf87d
 def reinhard(
     reference: np.ndarray,  # (h, w, 3) uint8, what others are to look like
 ) -> Normaliser:  # Raises EqError for a picture without tissue or without contrast

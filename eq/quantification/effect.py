@@ -6,14 +6,13 @@
 __all__ = ['FULL', 'HUMAN', 'NONE', 'NOT_CALIBRATED', 'Effect', 'EffectPlan', 'contrasts', 'point_contrasts', 'Effects',
            'estimate_effect']
 
-# %% ../../nbs/55_quantification.effect.ipynb #894bb800
+# %% ../../nbs/55_quantification.effect.ipynb #71781fc0
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
 
-from ..core.registry import EqError
 from ..core.results import Measure, Result
 from .calibration import Calibration
 from .imputation import Herd, draw_animals, read_animals
@@ -22,7 +21,7 @@ from .peers import permutation_test, t_test
 from .pooling import Pooled, Slope, holm, interval, p_value, pool
 from .trial import Trial, read_trial
 
-# %% ../../nbs/55_quantification.effect.ipynb #607b0c6a
+# %% ../../nbs/55_quantification.effect.ipynb #2b62877d
 FULL, HUMAN, NONE = "model + human", "human only", "none"  # which noise an interval contains
 
 
@@ -66,7 +65,7 @@ class EffectPlan:
     permutations: int = 9_999  # Where there are too many ways for all
     seed: int = 0  # Fixes draws and permutations
 
-# %% ../../nbs/55_quantification.effect.ipynb #8c554ca6
+# %% ../../nbs/55_quantification.effect.ipynb #22701479
 def contrasts(
     herd: Herd,  # Glomeruli of one or more cohorts
     calibrations: Sequence[Calibration],  # One, or one a cohort
@@ -104,7 +103,7 @@ def point_contrasts(
         found.append(Pooled(estimate, variance, df, df, np.zeros_like(df)))
     return found
 
-# %% ../../nbs/55_quantification.effect.ipynb #07bb89e3
+# %% ../../nbs/55_quantification.effect.ipynb #58eaee43
 def _one(pooled: Pooled, slope: Slope, frame: Effect) -> Effect:
     "A pooled difference as an Effect; says so when nothing varies or the interval has no end."
     low, high = interval(pooled, slope, frame.level)
@@ -137,7 +136,7 @@ def _peers(trial: Trial, number: int, frame: Effect, plan: EffectPlan) -> list[E
     found.insert(1, replace(told, model="permutation of animals"))
     return found
 
-# %% ../../nbs/55_quantification.effect.ipynb #b369fc4e
+# %% ../../nbs/55_quantification.effect.ipynb #39904fbb
 @dataclass(frozen=True)
 class Effects:
     "Everything that was computed about a trial."

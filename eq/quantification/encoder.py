@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BATCH', 'network_crop', 'encoder_table']
 
-# %% ../../nbs/51f_quantification.encoder.ipynb #e64231ca
+# %% ../../nbs/51f_quantification.encoder.ipynb #e05f5f26
 from typing import TYPE_CHECKING
 
 import cv2
@@ -20,7 +20,7 @@ from .regions import MAX_CROP_PX, roi_box
 if TYPE_CHECKING:
     from eq.inference.embed import Encoder
 
-# %% ../../nbs/51f_quantification.encoder.ipynb #ef27f7af
+# %% ../../nbs/51f_quantification.encoder.ipynb #6bc44278
 BATCH = 64  # crops in memory at once
 
 
@@ -42,7 +42,7 @@ def network_crop(
     size = (max(1, round(box[3] / factor)), max(1, round(box[2] / factor)))
     return cv2.resize(rgb, size, interpolation=cv2.INTER_AREA if factor > 1 else cv2.INTER_LINEAR)
 
-
+# %% ../../nbs/51f_quantification.encoder.ipynb #131c32a2
 def encoder_table(
     image: Picture,  # The image
     labels: LabelImage,  # Of the same size

@@ -6,10 +6,11 @@
 __all__ = ['BUILT_IN', 'NEEDED', 'pick_features', 'feature_units', 'FeatureOptions', 'measure_crop', 'feature_table',
            'feature_columns']
 
-# %% ../../nbs/51_quantification.features.ipynb #3e8083cc
+# %% ../../nbs/51_quantification.features.ipynb #d4dd9eb5
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +43,7 @@ from .texture import binary_patterns, co_occurrence
 if TYPE_CHECKING:
     from eq.inference.embed import Encoder
 
-# %% ../../nbs/51_quantification.features.ipynb #c2095d8b
+# %% ../../nbs/51_quantification.features.ipynb #db4ca89c
 BUILT_IN: tuple[Measure, ...] = (size, shape, glomerulus_stain, tuft_stain, lumens, nuclei, co_occurrence, binary_patterns)
 
 
@@ -69,7 +70,7 @@ def feature_units(
     rows = [(f.column(px_known), f.family, f.unit_of(px_known), f.meaning, f.reference) for f in pick_features(names)]
     return pd.DataFrame(rows, columns=["column", "family", "unit", "meaning", "reference"])
 
-# %% ../../nbs/51_quantification.features.ipynb #c45b9baf
+# %% ../../nbs/51_quantification.features.ipynb #808e39ff
 @dataclass(frozen=True)
 class FeatureOptions:
     "How features are measured."
@@ -80,7 +81,7 @@ class FeatureOptions:
     encoder: "Encoder | None" = None  # Adds the columns encoder_000, ...
     threads: int = 1  # Crops measured at once
 
-
+# %% ../../nbs/51_quantification.features.ipynb #b48f87db
 def measure_crop(
     crop: Crop,  # One glomerulus
     features: Sequence[Feature],  # From `pick_features`
@@ -104,9 +105,9 @@ def measure_crop(
             problems[f"{f.family}: {f.name} is {given[f.measure].get(f.name, 'missing')}"] = None
     return row, "; ".join(problems)
 
-# %% ../../nbs/51_quantification.features.ipynb #962e76c9
+# %% ../../nbs/51_quantification.features.ipynb #81896f11
 def _source(image: Picture | np.ndarray, labels: LabelImage | np.ndarray, glomeruli: pd.DataFrame, options: FeatureOptions) -> CropSource:
-    "Image and labels with the scale of both. Raises EqError where they do not fit."
+    "Image and labels with the scale of both. Raises EqError where they do not fit, and for an unknown stain."
     picture = ArrayPicture(image) if isinstance(image, np.ndarray) else image
     numbers = ArrayLabels(labels) if isinstance(labels, np.ndarray) else labels
     if (picture.height, picture.width) != (numbers.height, numbers.width):
@@ -117,9 +118,20 @@ def _source(image: Picture | np.ndarray, labels: LabelImage | np.ndarray, glomer
     return CropSource(picture, numbers, scale, white_of_picture(picture), options.stain)
 
 
+def _measured(source: CropSource, features: Sequence[Feature], row: dict[str, Any]) -> dict[str, Any]:
+    "One row of the table."
+    try:
+        crop = source.cut(row)
+    except EqError as error:
+        nothing = {f.column(source.scale.px_size_um is not None): np.nan for f in features}
+        return {"id": row["id"], **nothing, "problems": f"crop: {error}"}
+    values, problems = measure_crop(crop, features)
+    return {"id": row["id"], **values, "problems": problems}
+
+
 NEEDED = ("id", "label", "top", "left", "bottom", "right", "touches_border", "eq_diameter_px")  # columns of the glomeruli that are measured
 
-
+# %% ../../nbs/51_quantification.features.ipynb #30d31f7d
 def feature_table(
     image: Picture | np.ndarray,  # An opened image, or an array
     labels: LabelImage | np.ndarray,  # Glomeruli, each a number of its own
@@ -136,25 +148,15 @@ def feature_table(
         known = (options.px_size_um or getattr(image, "px_size_um", None)) is not None
         return pd.DataFrame({"id": pd.Series(dtype=str)} | {f.column(known): pd.Series(dtype=float) for f in features} | {"problems": pd.Series(dtype=str)})
     source = _source(image, labels, glomeruli, options)
-
-    def measured(row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            crop = source.cut(row)
-        except EqError as error:
-            nothing = {f.column(source.scale.px_size_um is not None): np.nan for f in features}
-            return {"id": row["id"], **nothing, "problems": f"crop: {error}"}
-        values, problems = measure_crop(crop, features)
-        return {"id": row["id"], **values, "problems": problems}
-
     with ThreadPoolExecutor(options.threads) as pool:
         run = map if options.threads == 1 else pool.map
-        table = pd.DataFrame(list(run(measured, records(glomeruli))))
+        table = pd.DataFrame(list(run(partial(_measured, source, features), records(glomeruli))))
     if options.encoder is None:
         return table
     vectors = encoder_table(source.image, source.labels, glomeruli, options.encoder).drop(columns="id")
     return pd.concat([table.drop(columns="problems"), vectors, table[["problems"]]], axis=1)
 
-
+# %% ../../nbs/51_quantification.features.ipynb #14616798
 def feature_columns(
     table: pd.DataFrame,  # From `feature_table`
 ) -> list[str]:  # Names of the columns that hold numbers

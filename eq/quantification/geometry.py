@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['hull_area', 'size', 'shape']
 
-# %% ../../nbs/51a_quantification.geometry.ipynb #50b014c8
+# %% ../../nbs/51a_quantification.geometry.ipynb #954a6951
 import cv2
 import numpy as np
 from skimage.measure import regionprops
@@ -13,7 +13,7 @@ from skimage.measure import regionprops
 from ..core.registry import EqError
 from .crop import Crop, register_measure
 
-# %% ../../nbs/51a_quantification.geometry.ipynb #8e2c8eec
+# %% ../../nbs/51a_quantification.geometry.ipynb #9f3420f7
 def hull_area(
     y: np.ndarray,  # (n,) rows of the object's pixels, rising, as `np.nonzero` gives them
     x: np.ndarray,  # (n,) columns, rising within a row
@@ -25,7 +25,7 @@ def hull_area(
     corners[:, 0], corners[:, 1] = np.concatenate([left, left, right, right]), np.concatenate([row, row + 1, row, row + 1])
     return float(cv2.contourArea(cv2.convexHull(corners)))
 
-# %% ../../nbs/51a_quantification.geometry.ipynb #d5ca870c
+# %% ../../nbs/51a_quantification.geometry.ipynb #22571b5c
 @register_measure("geometry", "scikit-image regionprops", {
     "area": (2, "area within the outline"),
     "eq_diameter": (1, "diameter of the disc of equal area"),
@@ -34,7 +34,7 @@ def size(crop: Crop) -> dict[str, float]:
     area = float(np.count_nonzero(crop.outline))
     return {"area": area, "eq_diameter": float(np.sqrt(4 * area / np.pi))}
 
-
+# %% ../../nbs/51a_quantification.geometry.ipynb #98c2e6e7
 @register_measure("geometry", "scikit-image regionprops; circularity: Cox 1927", {
     "perimeter": (1, "length of the outline (Benkrid and Crookes 2000)"),
     "major_axis": (1, "long axis of the ellipse with equal second moments"),

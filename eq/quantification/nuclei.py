@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NUCLEUS_BLUR_UM', 'NUCLEUS_APART_UM', 'NUCLEUS_CONTRAST', 'Nuclei', 'find_nuclei', 'nuclei']
 
-# %% ../../nbs/51d_quantification.nuclei.ipynb #bbf259d1
+# %% ../../nbs/51d_quantification.nuclei.ipynb #3ebe8f68
 from dataclasses import dataclass
 
 import cv2
@@ -14,7 +14,7 @@ from skimage.filters import threshold_otsu
 
 from .crop import Crop, dyes, register_measure
 
-# %% ../../nbs/51d_quantification.nuclei.ipynb #8f5774d6
+# %% ../../nbs/51d_quantification.nuclei.ipynb #72ec9bda
 NUCLEUS_BLUR_UM = 1.2  # standard deviation of the smoothing
 NUCLEUS_APART_UM = 3.5  # least distance between two peaks
 NUCLEUS_CONTRAST = 0.08  # optical density by which Otsu's level must exceed the median
@@ -27,7 +27,7 @@ class Nuclei:
     mask: np.ndarray  # bool (h, w)
     peaks: np.ndarray  # (n, 2), row and column of each
 
-
+# %% ../../nbs/51d_quantification.nuclei.ipynb #869cd5d1
 def find_nuclei(
     crop: Crop,  # With its outline
 ) -> Nuclei:  # Raises EqError for a grey picture, or one too small or coarse
@@ -46,7 +46,7 @@ def find_nuclei(
     count, _, _, centres = cv2.connectedComponentsWithStats(peak.astype(np.uint8), connectivity=8)  # a plateau is one peak
     return Nuclei(mask, np.rint(centres[1:count, ::-1]).astype(int))
 
-# %% ../../nbs/51d_quantification.nuclei.ipynb #e68b1ce1
+# %% ../../nbs/51d_quantification.nuclei.ipynb #db400cd8
 @register_measure("nuclei", "eq.quantification.nuclei on haematoxylin (Ruifrok and Johnston 2001), level after Otsu 1979", {
     "nuclear_count": ("count", "nuclei within the outline"),
     "nuclear_density": (-2, "nuclei per area of glomerulus"),

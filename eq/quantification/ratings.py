@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRADES', 'WORDS', 'COLUMNS', 'LabelAt', 'whole_grade', 'read_ratings', 'Placed', 'place_ratings']
 
-# %% ../../nbs/52_quantification.ratings.ipynb #888b60aa
+# %% ../../nbs/52_quantification.ratings.ipynb #d14274ce
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..core.registry import EqError
 from ..data.scores import find_column, match_names, read_sheet, score_value
 from .instances import records
 
-# %% ../../nbs/52_quantification.ratings.ipynb #7a165734
+# %% ../../nbs/52_quantification.ratings.ipynb #df58777a
 GRADES = (0, 1, 2, 3)
 WORDS = {"id": ("id", "glomerulus", "glomerulusid", "object", "objectid", "roi"), "x": ("x", "xpx", "centroidx"), "y": ("y", "ypx", "centroidy")}
 COLUMNS = ("id", "image", "x", "y", "rater", "score")
@@ -40,7 +40,7 @@ def whole_grade(
         raise EqError(f"{where}: grade {text!r}; valid: one of {list(GRADES)}, or empty")
     return value
 
-# %% ../../nbs/52_quantification.ratings.ipynb #3a0036af
+# %% ../../nbs/52_quantification.ratings.ipynb #71153f02
 def read_ratings(
     sheet: str | Path,  # CSV, TSV or XLSX, one row a score
 ) -> pd.DataFrame:  # COLUMNS; id and image are "" where the sheet has none, x and y NaN; empty scores are left out
@@ -66,7 +66,7 @@ def read_ratings(
     table = pd.DataFrame({c: made[c] for c in COLUMNS}).dropna(subset=["score"])
     return table.astype({"score": int}).reset_index(drop=True)
 
-# %% ../../nbs/52_quantification.ratings.ipynb #48c600b1
+# %% ../../nbs/52_quantification.ratings.ipynb #2665bd55
 @dataclass(frozen=True)
 class Placed:
     "Ratings at their glomeruli."
@@ -110,13 +110,13 @@ def _targets(row: Mapping[str, Any], glomeruli: pd.DataFrame, images: dict[str, 
         return _by_point(row, here, label_at)
     return ([str(i) for i in here["id"]], "") if len(here) else ([], "no glomerulus in this image")
 
-# %% ../../nbs/52_quantification.ratings.ipynb #40a3b2ff
+# %% ../../nbs/52_quantification.ratings.ipynb #e24f56e3
 def place_ratings(
     ratings: pd.DataFrame,  # Of `read_ratings`, or with the same columns
     glomeruli: pd.DataFrame,  # One row a glomerulus: id, image, label, y, x, top, left, bottom, right
     label_at: LabelAt = lambda image, y, x: 0,  # The label image; without it boxes and centres decide
 ) -> Placed:  # Ratings with the ids of glomeruli, and what fits nowhere
-    "Finds the glomerulus of each rating. Raises EqError where one rater gave one glomerulus two different grades."
+    "Finds the glomerulus of each rating. Two different grades of one rater for one glomerulus are both left out and listed."
     paths = list(dict.fromkeys(glomeruli["image"].astype(str)))
     hits = match_names(list(dict.fromkeys(str(i) for i in ratings["image"] if i)), paths)
     images = {name: [paths[k] for k in found] for name, found in hits.items()}
@@ -126,10 +126,10 @@ def place_ratings(
         rows += [(i, str(row["rater"]) or "rater", int(row["score"])) for i in ids]
         lost += [] if ids else [{**row, "why": why}]
     placed = pd.DataFrame(rows, columns=["id", "rater", "score"]).drop_duplicates()
-    given: dict[tuple[str, str], int] = {}
-    for row in records(placed):
-        if given.setdefault((row["id"], row["rater"]), row["score"]) != row["score"]:
-            grades = [given[row["id"], row["rater"]], row["score"]]
-            raise EqError(f"rater {row['rater']!r} gave glomerulus {row['id']} the grades {grades}; keep one")
+    for (i, rater), group in placed.groupby(["id", "rater"], sort=False):
+        if len(group) > 1:  # perhaps two glomeruli that the network took for one
+            why = f"two grades of one rater for {i}: {group['score'].tolist()}"
+            lost += [{"id": str(i), "image": "", "x": np.nan, "y": np.nan, "rater": str(rater), "score": int(v), "why": why} for v in group["score"]]
+    placed = placed.drop_duplicates(["id", "rater"], keep=False)
     unplaced = pd.DataFrame(lost, columns=[*COLUMNS, "why"])
     return Placed(placed.reset_index(drop=True), unplaced, tuple(str(i) for i in glomeruli["id"] if i not in set(placed["id"])))

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['glomerulus_stain', 'tuft_stain']
 
-# %% ../../nbs/51b_quantification.staining.ipynb #bb5e5f0c
+# %% ../../nbs/51b_quantification.staining.ipynb #93bdf991
 import numpy as np
 
 from .crop import Crop, dyes, register_measure
 from .lumen import find_parts
 
-# %% ../../nbs/51b_quantification.staining.ipynb #47172780
+# %% ../../nbs/51b_quantification.staining.ipynb #7af7e789
 def _figures(values: np.ndarray, where: str) -> dict[str, float]:
     names = (f"{where}haematoxylin", f"{where}counterstain")
     mean, spread = values.mean(0), values.std(0)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['GLCM_LEVELS', 'GLCM_MOST', 'GLCM_STEP_UM', 'LBP_CLASSES', 'green_levels', 'co_occurrence', 'binary_patterns']
 
-# %% ../../nbs/51e_quantification.texture.ipynb #793aa6fd
+# %% ../../nbs/51e_quantification.texture.ipynb #c33ee7cc
 import numpy as np
 from skimage.feature import graycomatrix, graycoprops, local_binary_pattern
 
 from .crop import Crop, density, register_measure
 
-# %% ../../nbs/51e_quantification.texture.ipynb #97c5689b
+# %% ../../nbs/51e_quantification.texture.ipynb #f1354824
 GLCM_LEVELS = 16  # of density 0 to GLCM_MOST
 GLCM_MOST = 1.2
 GLCM_STEP_UM = 2.0
@@ -37,7 +37,7 @@ def co_occurrence(crop: Crop) -> dict[str, float]:
     pairs = graycomatrix(green_levels(crop), [step], _ANGLES, GLCM_LEVELS + 1, symmetric=True)[1:, 1:].sum(axis=3, keepdims=True)
     return {f"glcm_{name}": float(graycoprops(pairs, name)[0, 0]) for name in _PROPERTIES}
 
-# %% ../../nbs/51e_quantification.texture.ipynb #85fe9024
+# %% ../../nbs/51e_quantification.texture.ipynb #4fc54492
 LBP_CLASSES = 10
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'forest_plot']
 
-# %% ../../nbs/64_reporting.forest.ipynb #12170545
+# %% ../../nbs/64_reporting.forest.ipynb #6037fec6
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from ..core.registry import EqError
 from ..quantification.effect import FULL, HUMAN, NONE, Effect
 
-# %% ../../nbs/64_reporting.forest.ipynb #1ee6adae
+# %% ../../nbs/64_reporting.forest.ipynb #24f8daab
 COLOURS = {FULL: "tab:blue", HUMAN: "dimgrey", NONE: "darkorange"}
 
 
@@ -29,11 +29,11 @@ def forest_plot(
     ax = figure.subplots()
     for y, e in enumerate(effects):
         colour, dashed = COLOURS.get(e.noise, "dimgrey"), e.noise == NONE
-        if e.low == e.low and e.high == e.high:
+        ends = "no interval" if e.low != e.low or e.high != e.high else f"{e.low:+.2f} to {e.high:+.2f}"
+        if ends != "no interval":
             ax.plot([e.low, e.high], [y, y], color=colour, lw=2.4 if e.noise == FULL else 1.4, ls="--" if dashed else "-", solid_capstyle="butt")
         if e.estimate == e.estimate:
             ax.plot(e.estimate, y, "s" if e.noise == FULL else "o", color=colour, ms=7 if e.noise == FULL else 5)
-        ends = "no interval" if e.low != e.low or e.high != e.high else f"{e.low:+.2f} to {e.high:+.2f}"
         words = f"{e.estimate:+.2f} ({ends})" + ("" if e.p != e.p else f"  p = {e.p:.2g}")
         ax.annotate(words, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=colour)
     labels = [f"{e.groups[1]} - {e.groups[0]}: {e.model}" for e in effects]

@@ -7,7 +7,7 @@ __all__ = ['EDGES', 'Outcome', 'NULL', 'EFFECT', 'CHUNK', 'SIZES', 'generator_ha
            'grade_seen', 'Simulated', 'simulate', 'analyse', 'wilson', 'measure_effect', 'scores_table',
            'measure_scale', 'bench_effect']
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #e66d71cd
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #f04a4759
 import re
 import subprocess
 import time
@@ -33,7 +33,7 @@ from ..quantification.pooling import Pooled, Slope, interval, p_value
 from ..quantification.trial import PROBABILITIES
 from .bench import Row, Sitting, plot_rows
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #effff16a
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #12eca1fc
 def generator_hash() -> tuple[str, int]:  # SHA-256 and number of modules
     "Hash of eq/data/synthetic*.py as of git HEAD, name by name. Raises EqError without git."
     def git(*words: str) -> bytes:
@@ -49,7 +49,7 @@ def generator_hash() -> tuple[str, int]:  # SHA-256 and number of modules
     lines = [f"{sha256_bytes(git('show', f'HEAD:{name}'))}  {name}\n" for name in names]
     return sha256_bytes("".join(lines).encode()), len(names)
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #ef0574ce
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #e9c29118
 EDGES = logit(np.array(GRADE_EDGES))
 
 
@@ -99,7 +99,7 @@ def sample(
     human = np.searchsorted(EDGES, true + world.rater * rng.standard_normal(len(animal)), side="right")
     return Sampled(seen, human, np.cumsum(sizes) - sizes)
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #f677f016
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #91b7d609
 def fit_grader(
     seen: np.ndarray,  # (N,) what the grader sees
     human: np.ndarray,  # (N,) human grades
@@ -128,7 +128,7 @@ def grade_seen(
     "The grader's answer."
     return softmax(seen[:, None] * GRADES * grader[0] + np.concatenate([[0.0], grader[1:]]), axis=1)
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #714eb2b2
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #9fbc79ef
 @dataclass(frozen=True)
 class Simulated:
     "Cohorts with the same number of animals a group, graded."
@@ -158,7 +158,7 @@ def simulate(
         calibrations.append(fit_calibration(grade_seen(grader, held.seen) @ GRADES, held.human.astype(float), animal))
     return Simulated(make_herd(p, np.ones(len(p)), drawn.start, group), drawn.human.astype(float), calibrations)
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #327eee20
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #3917e0fd
 Outcome = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # p, low, high, estimate; each (cohorts,)
 
 
@@ -200,7 +200,7 @@ def wilson(
     low, high = stats.binomtest(int(hits), n).proportion_ci(method="wilson")
     return float(low), float(high)
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #946461ef
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #36e59a62
 NULL, EFFECT = 0.0, 0.8  # shift of the treated group, logit: none, and one worth finding
 CHUNK = 200  # cohorts in memory at once
 
@@ -221,14 +221,15 @@ def measure_effect(
                 parts.setdefault(name, []).append(out)
         for name, outs in parts.items():
             p, low, high, estimate = (np.concatenate(v) for v in zip(*outs, strict=True))
-            holds, found = int(((low <= truth) & (truth <= high)).sum()), int((p < 0.05).sum())
-            for metric, hits in (("power" if shift else "type1", found), ("coverage_effect" if shift else "coverage_null", holds)):
-                rows.append((name, metric, hits / cohorts, *wilson(hits, cohorts)))
-            rows.append((name, "bias_effect" if shift else "bias_null", float(np.median(estimate)) - truth, np.nan, np.nan))
-            rows.append((name, "width_effect" if shift else "width_null", float(np.nanmedian(high - low)), np.nan, np.nan))
+            kind, holds, closed = "effect" if shift else "null", ~(truth < low) & ~(truth > high), ~np.isnan(low + high)
+            counts = {"power" if shift else "type1": (p < 0.05, cohorts), f"coverage_{kind}": (holds, cohorts), f"open_{kind}": (~closed, cohorts)}
+            counts[f"coverage_closed_{kind}"] = (holds & closed, max(int(closed.sum()), 1))
+            rows += [(name, metric, hits.sum() / n, *wilson(int(hits.sum()), n)) for metric, (hits, n) in counts.items()]
+            rows.append((name, f"bias_{kind}", float(np.median(estimate)) - truth, np.nan, np.nan))
+            rows.append((name, f"width_{kind}", float(np.nanmedian(high - low)), np.nan, np.nan))
     return pd.DataFrame(rows, columns=["variant", "metric", "value", "low", "high"])
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #baefb755
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #742a1135
 SIZES = (1_250, 2_500, 5_000, 10_000)
 
 
@@ -266,7 +267,7 @@ def measure_scale(
     fits = {what: float(np.polyfit(np.log(sizes), np.log(values), 1)[0]) for what, values in (("seconds", seconds), ("peak", peaks))}
     return rows + [Row("scale", f"exponent_{what}", v) for what, v in fits.items()]
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #daf71beb
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #293e800d
 def bench_effect(
     sitting: Sitting,  # What to append to
     minutes: float | None = None,  # Not used: the dose is a number of cohorts
@@ -281,7 +282,7 @@ def bench_effect(
         table = measure_effect(animals, seed=seed)
         for r in table.itertuples():
             name = f"{r.metric}_{animals}"
-            rows.append(Row(str(r.variant), name, float(r.value), "" if "type1" in name or "cover" in name or "power" in name else "grades", str(seed)))
+            rows.append(Row(str(r.variant), name, float(r.value), "grades" if name.startswith(("bias", "width")) else "", str(seed)))
             rows += [Row(str(r.variant), f"{name}_{end}", float(v), "", str(seed)) for end, v in (("low", r.low), ("high", r.high)) if v == v]
         rows.append(Row("all", f"seconds_{animals}", time.monotonic() - begin, "s", str(seed)))
         print(table.pivot(index="variant", columns="metric", values="value").round(3).to_string(), flush=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sheet', 'make_sheet', 'peer_table', 'eq_table', 'measure_speed', 'bench_features']
 
-# %% ../../nbs/77g_workflows.bench_features.ipynb #a0010b6e
+# %% ../../nbs/77g_workflows.bench_features.ipynb #82a1f1f7
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from ..quantification.features import FeatureOptions, feature_table
 from ..quantification.instances import instance_table
 from .bench import Row, Sitting, write_plot
 
-# %% ../../nbs/77g_workflows.bench_features.ipynb #b6174102
+# %% ../../nbs/77g_workflows.bench_features.ipynb #7cbce6ea
 @dataclass(frozen=True)
 class Sheet:
     "Many glomeruli in one picture, 1 um a pixel."
@@ -34,7 +34,7 @@ class Sheet:
     image: np.ndarray  # uint8 (H, W, 3)
     labels: np.ndarray  # int32 (H, W)
 
-
+# %% ../../nbs/77g_workflows.bench_features.ipynb #146e6aa9
 def make_sheet(
     count: int,  # Glomeruli
     seed: int = 0,  # Same count and seed, same sheet
@@ -62,7 +62,7 @@ def make_sheet(
         labels[where][:220, :220][mask] = k + 1
     return Sheet(image, labels)
 
-# %% ../../nbs/77g_workflows.bench_features.ipynb #4d0700f0
+# %% ../../nbs/77g_workflows.bench_features.ipynb #336f4991
 def _peer_object(region: Any, image: np.ndarray) -> dict[str, float]:
     "Features of one region, scikit-image only."
     top, left, bottom, right = region.bbox
@@ -86,7 +86,7 @@ def _peer_object(region: Any, image: np.ndarray) -> dict[str, float]:
     area = float(sum(r.area for r in islands))
     return out | {"open_fraction": area / max(1, tuft.sum()), "lumen_count": float(len(islands)), "tuft_area": float(tuft.sum())}
 
-
+# %% ../../nbs/77g_workflows.bench_features.ipynb #2b3325c1
 def peer_table(
     sheet: Sheet,  # Many glomeruli
 ) -> pd.DataFrame:  # label, shape, then what the loop gives
@@ -105,13 +105,13 @@ def eq_table(
     glomeruli["id"] = [f"sheet#{n}" for n in glomeruli["label"]]
     return feature_table(sheet.image, sheet.labels, glomeruli, options=FeatureOptions(px_size_um=1.0, threads=threads))
 
-# %% ../../nbs/77g_workflows.bench_features.ipynb #822d80ca
+# %% ../../nbs/77g_workflows.bench_features.ipynb #86c0c52e
 def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
-
+# %% ../../nbs/77g_workflows.bench_features.ipynb #fb27893b
 def measure_speed(
     count: int,  # Objects on a sheet
     repeats: int = 3,  # Times each
@@ -137,7 +137,7 @@ def measure_speed(
     rows.append(Row("eq", "area_agrees", float((ours["area_um2"].to_numpy() == theirs["area"].to_numpy()).all()), "", size))
     return rows
 
-
+# %% ../../nbs/77g_workflows.bench_features.ipynb #fe210e8f
 def bench_features(
     sitting: Sitting,  # What to append to
     minutes: float | None = None,  # Not used

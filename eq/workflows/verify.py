@@ -5,27 +5,41 @@
 # %% auto #0
 __all__ = ['command']
 
-# %% ../../nbs/79a_workflows.verify.ipynb #a10af22e
+# %% ../../nbs/79a_workflows.verify.ipynb #b67ae072
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..core.provenance import verify_run
+from ..core.files import read_json
+from ..core.provenance import MANIFEST, BrokenLink, verify_run
 
-# %% ../../nbs/79a_workflows.verify.ipynb #db9cebce
+# %% ../../nbs/79a_workflows.verify.ipynb #eec7791e
+def _say(run: Path, broken: list[BrokenLink]) -> None:
+    "The first broken link, and the names of the others. Ends the command."
+    print(f"{run}: broken at {broken[0].what}: expected {broken[0].expected}, found {broken[0].found}")
+    if len(broken) > 1:
+        print(f"{len(broken) - 1} more: " + ", ".join(str(b.what) for b in broken[1:]))
+    raise typer.Exit(1)
+
+
 def command(
     run: Annotated[Path, typer.Argument(help="folder of a run, with its manifest.json")],  # Folder of a run
+    hashes_only: Annotated[bool, typer.Option("--hashes-only", help="do not make the run again from its images")] = False,  # Faster
 ) -> None:
-    "Compute the hashes of a run's inputs and files again and name the first link that broke; exit 1 if one did."
+    "Compute the hashes of a run's inputs and files again, make an effect again from its pixels, and name the first link that broke; exit 1 if one did."
     found = verify_run(run)
     for note in found.notes:
         print(f"note: {note}")
-    if found.ok:
-        print(f"{run}: {found.checked} links checked, all hold")
+    if not found.ok:
+        _say(run, found.broken)
+    print(f"{run}: {found.checked} links checked, all hold")
+    if hashes_only:
         return
-    what, expected, seen = found.broken[0]
-    print(f"{run}: broken at {what}: expected {expected}, found {seen}")
-    if len(found.broken) > 1:
-        print(f"{len(found.broken) - 1} more: " + ", ".join(str(b[0]) for b in found.broken[1:]))
-    raise typer.Exit(1)
+    from eq.workflows.replay import replay  # needs torch
+
+    broken = replay(run, read_json(run / MANIFEST))
+    if broken:
+        _say(run, broken)
+    if broken is not None:
+        print(f"{run}: made again from its images, every number came out the same")
