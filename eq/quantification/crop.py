@@ -6,7 +6,7 @@
 __all__ = ['WORKING_UM', 'NOMINAL_UM', 'R', 'GREY', 'Measure', 'FEATURES', 'Picture', 'ArrayPicture', 'Scale', 'scale_of', 'Crop',
            'density', 'dyes', 'CropSource', 'white_of_picture', 'Feature', 'register_measure']
 
-# %% ../../nbs/50d_quantification.crop.ipynb #5ed520bd
+# %% ../../nbs/50d_quantification.crop.ipynb #22c52b20
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +22,7 @@ from ..data.stain import optical_density, separate, white_of
 from .instances import LabelImage
 from .regions import MAX_CROP_PX, roi_box
 
-# %% ../../nbs/50d_quantification.crop.ipynb #52b59410
+# %% ../../nbs/50d_quantification.crop.ipynb #43829f9e
 class Picture(Protocol):
     "An image that gives regions as RGB; `eq.data.io.Image` is one."
 
@@ -48,7 +48,7 @@ class Picture(Protocol):
 
 _KINDS = {1: "grey", 2: "grey+alpha", 3: "rgb", 4: "rgb+alpha"}
 
-# %% ../../nbs/50d_quantification.crop.ipynb #5e2dcaa2
+# %% ../../nbs/50d_quantification.crop.ipynb #8dfeac2e
 @dataclass(frozen=True)
 class ArrayPicture:
     "An array as a picture. Raises EqError for other than (H, W) or (H, W, channels) numbers."
@@ -86,7 +86,7 @@ class ArrayPicture:
         "The region (h, w, 3) uint8."
         return display_rgb(self.values[y : y + h, x : x + w], self._layout, self._window)
 
-# %% ../../nbs/50d_quantification.crop.ipynb #9f102052
+# %% ../../nbs/50d_quantification.crop.ipynb #614ca22f
 WORKING_UM = 1.0  # Working pixel
 NOMINAL_UM = 150.0  # How wide a median glomerulus is taken to be where the pixel size is unknown: for the scale only
 
@@ -106,7 +106,7 @@ class Scale:
             return f"pixel size unknown: a median glomerulus is {NOMINAL_UM * self.per_um:.0f} working pixels across"
         return f"{1 / self.per_um:g} um a working pixel, from {self.px_size_um:g} um"
 
-# %% ../../nbs/50d_quantification.crop.ipynb #d6fdc37d
+# %% ../../nbs/50d_quantification.crop.ipynb #a902f9d3
 def scale_of(
     px_size_um: float | None,  # Of the image
     diameters_px: np.ndarray,  # Of its glomeruli, pixels of the image
@@ -120,7 +120,7 @@ def scale_of(
         raise EqError("neither a pixel size nor a glomerulus tells the scale of the image; give px_size_um")
     return Scale(NOMINAL_UM / working / float(np.median(diameters_px)), 1 / working, None)
 
-# %% ../../nbs/50d_quantification.crop.ipynb #39b58f71
+# %% ../../nbs/50d_quantification.crop.ipynb #9060d2c7
 R = TypeVar("R")
 
 
@@ -166,13 +166,17 @@ class Crop:
         if self.scale.zoom > coarsest:
             raise EqError(f"image too coarse: a pixel spans {self.scale.zoom:.1f} working pixels, at most {coarsest:g} are allowed")
 
-# %% ../../nbs/50d_quantification.crop.ipynb #f7ca012d
-def density(crop: Crop) -> np.ndarray:
+# %% ../../nbs/50d_quantification.crop.ipynb #19bfcd1a
+def density(
+    crop: Crop,  # One glomerulus
+) -> np.ndarray:  # float32, as the line below says
     "Optical density (h, w, 3) against the glass of the image."
     return optical_density(crop.rgb, crop.white)
 
 
-def dyes(crop: Crop) -> np.ndarray:
+def dyes(
+    crop: Crop,  # One glomerulus
+) -> np.ndarray:  # float32, as the line below says
     "Optical density (h, w, 2) of haematoxylin and counterstain. Raises EqError for a grey picture."
     inside = crop.rgb[crop.mask]
     if not len(inside) or np.ptp(inside.astype(np.int16), axis=1).max() < GREY:
@@ -182,7 +186,7 @@ def dyes(crop: Crop) -> np.ndarray:
 
 GREY = 8  # Channels of a pixel that differ less than this show no colour
 
-# %% ../../nbs/50d_quantification.crop.ipynb #f286a76d
+# %% ../../nbs/50d_quantification.crop.ipynb #0dfecabc
 def _aligned(box: tuple[int, int, int, int], zoom: float, size: tuple[int, int]) -> tuple[int, int, int, int]:
     "The box grown to whole working pixels, counted from the corner of the image: how pixels are averaged must not depend on where an object lies."
     step = max(1, round(1 / zoom))
@@ -190,7 +194,7 @@ def _aligned(box: tuple[int, int, int, int], zoom: float, size: tuple[int, int])
     bottom, right = (min(n, -(-end // step) * step) for n, end in zip(size, (box[0] + box[2], box[1] + box[3]), strict=True))
     return y, x, bottom - y, right - x
 
-# %% ../../nbs/50d_quantification.crop.ipynb #3d45ab9b
+# %% ../../nbs/50d_quantification.crop.ipynb #ad0c7973
 @dataclass(frozen=True)
 class CropSource:
     "Where crops come from."
@@ -220,7 +224,7 @@ class CropSource:
             mask = cv2.resize(outline.astype(np.float32), size, interpolation=cv2.INTER_AREA if zoom < 1 else cv2.INTER_LINEAR) >= 0.5
         return Crop(rgb, mask, outline, self.white, self.scale, self.stain)
 
-# %% ../../nbs/50d_quantification.crop.ipynb #80577619
+# %% ../../nbs/50d_quantification.crop.ipynb #313df535
 def white_of_picture(
     image: Picture,  # Any size
     windows: int = 8,  # Along each side
@@ -236,7 +240,7 @@ def white_of_picture(
         found.append(cv2.resize(view, small, interpolation=cv2.INTER_AREA).reshape(-1, 3))
     return white_of(np.concatenate(found)[None])
 
-# %% ../../nbs/50d_quantification.crop.ipynb #3e1e2513
+# %% ../../nbs/50d_quantification.crop.ipynb #10fb4d0a
 Measure = Callable[[Crop], Mapping[str, float]]
 _POWERS = {2: ("_um2", "_px2"), 1: ("_um", "_px"), -2: ("_per_um2", "_per_px2")}
 
@@ -270,7 +274,7 @@ class Feature:
 
 FEATURES: Registry[Feature] = Registry("feature")
 
-# %% ../../nbs/50d_quantification.crop.ipynb #936e8d63
+# %% ../../nbs/50d_quantification.crop.ipynb #3ae4e84a
 def register_measure(
     family: str,  # for example "lumen"
     reference: str,  # Paper, standard or library the numbers come from

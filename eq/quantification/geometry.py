@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['hull_area', 'size', 'shape']
 
-# %% ../../nbs/51a_quantification.geometry.ipynb #954a6951
+# %% ../../nbs/51a_quantification.geometry.ipynb #7fd3d71f
 import cv2
 import numpy as np
 from skimage.measure import regionprops
@@ -13,7 +13,7 @@ from skimage.measure import regionprops
 from ..core.registry import EqError
 from .crop import Crop, register_measure
 
-# %% ../../nbs/51a_quantification.geometry.ipynb #9f3420f7
+# %% ../../nbs/51a_quantification.geometry.ipynb #10e88451
 def hull_area(
     y: np.ndarray,  # (n,) rows of the object's pixels, rising, as `np.nonzero` gives them
     x: np.ndarray,  # (n,) columns, rising within a row
@@ -25,16 +25,19 @@ def hull_area(
     corners[:, 0], corners[:, 1] = np.concatenate([left, left, right, right]), np.concatenate([row, row + 1, row, row + 1])
     return float(cv2.contourArea(cv2.convexHull(corners)))
 
-# %% ../../nbs/51a_quantification.geometry.ipynb #22571b5c
+# %% ../../nbs/51a_quantification.geometry.ipynb #30789049
 @register_measure("geometry", "scikit-image regionprops", {
     "area": (2, "area within the outline"),
     "eq_diameter": (1, "diameter of the disc of equal area"),
 })  # fmt: skip
-def size(crop: Crop) -> dict[str, float]:
+def size(
+    crop: Crop,  # One glomerulus
+) -> dict[str, float]:  # Name of a feature to its value
+    "Area and equivalent diameter."
     area = float(np.count_nonzero(crop.outline))
     return {"area": area, "eq_diameter": float(np.sqrt(4 * area / np.pi))}
 
-# %% ../../nbs/51a_quantification.geometry.ipynb #98c2e6e7
+# %% ../../nbs/51a_quantification.geometry.ipynb #51a180ff
 @register_measure("geometry", "scikit-image regionprops; circularity: Cox 1927", {
     "perimeter": (1, "length of the outline (Benkrid and Crookes 2000)"),
     "major_axis": (1, "long axis of the ellipse with equal second moments"),
@@ -43,7 +46,10 @@ def size(crop: Crop) -> dict[str, float]:
     "circularity": ("", "4 pi area / perimeter squared: 1 for a disc, less for ragged or long outlines"),
     "solidity": ("", "area over that of the convex hull"),
 })  # fmt: skip
-def shape(crop: Crop) -> dict[str, float]:
+def shape(
+    crop: Crop,  # One glomerulus
+) -> dict[str, float]:  # Name of a feature to its value
+    "Perimeter and what follows from the outline. Raises EqError for a speck."
     found = regionprops(crop.outline.astype(np.uint8))[0]
     perimeter = float(found.perimeter)  # not remembered by scikit-image
     if found.area < 9 or perimeter == 0:

@@ -6,7 +6,7 @@
 __all__ = ['SCORE_COLUMNS', 'GradingData', 'usable_features', 'grading_data', 'subject_folds', 'GradeOptions', 'FittedGrader',
            'fit_grader', 'score_table']
 
-# %% ../../nbs/53f_quantification.grade_model.ipynb #9a0525ed
+# %% ../../nbs/53f_quantification.grade_model.ipynb #2fd6dc6a
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from .conformal import SetRule, calibrate_sets, median_grade, prediction_sets
 from .grader import GRADERS, STEPS, Examples, Grader, directions_of, grade_chances
 from .raters import consensus
 
-# %% ../../nbs/53f_quantification.grade_model.ipynb #83fa8649
+# %% ../../nbs/53f_quantification.grade_model.ipynb #d95e4690
 @dataclass(frozen=True)
 class GradingData:
     "Glomeruli with features, animals and scores; made by `grading_data`."
@@ -46,14 +46,14 @@ class GradingData:
         "Animals of which at least one glomerulus has a score."
         return sorted(set(self.subjects.loc[self.ratings["id"].unique()]))
 
-    def examples(self) -> Examples:
+    def examples(self) -> Examples:  # In the order of the ratings
         "One row a rating."
         ids = self.ratings["id"]
         weight = 1 / ids.map(ids.value_counts()).to_numpy(float)
         x = self.features.loc[ids].to_numpy(float)
         return Examples(x, self.ratings["score"].to_numpy(), weight, directions_of(list(self.features.columns)))
 
-# %% ../../nbs/53f_quantification.grade_model.ipynb #2842946d
+# %% ../../nbs/53f_quantification.grade_model.ipynb #6ba7a1f4
 def usable_features(
     features: pd.DataFrame,  # From `eq.quantification.features.feature_table`: id, numbers with NaN, `problems`
     most: float = 0.2,  # A column with a larger share of NaN is left out
@@ -71,7 +71,7 @@ def usable_features(
         out.append(("glomerulus", str(i), str(said[i]) or f"no value for {empty}"))
     return kept[whole], pd.DataFrame(out, columns=["what", "name", "reason"])
 
-# %% ../../nbs/53f_quantification.grade_model.ipynb #a7488da7
+# %% ../../nbs/53f_quantification.grade_model.ipynb #7e878054
 def grading_data(
     features: pd.DataFrame,  # One row a glomerulus: index or column `id`, float columns
     glomeruli: pd.DataFrame,  # Columns id, subject, and group where known
@@ -100,7 +100,7 @@ def grading_data(
     group = rows["group"].fillna("").astype(str) if "group" in rows.columns else pd.Series("", index=rows.index)
     return GradingData(table.astype(float), rows["subject"].astype(str), group, scored)
 
-# %% ../../nbs/53f_quantification.grade_model.ipynb #7e1d1926
+# %% ../../nbs/53f_quantification.grade_model.ipynb #3a387e78
 def subject_folds(
     data: GradingData,  # Scored glomeruli
     k: int,  # Wanted number of folds; fewer where there are fewer animals
@@ -116,7 +116,7 @@ def subject_folds(
     order = sorted(range(len(names)), key=lambda i: (group.iloc[i], round(float(score.iloc[i]), 6), luck[i]))
     return {names[i]: place % min(k, len(names)) for place, i in enumerate(order)}
 
-# %% ../../nbs/53f_quantification.grade_model.ipynb #fb1f807e
+# %% ../../nbs/53f_quantification.grade_model.ipynb #b077c10c
 @dataclass(frozen=True)
 class GradeOptions:
     "How grading is done."
@@ -149,7 +149,7 @@ class FittedGrader:
             raise EqError(f"features {missing} are missing; the grader learned {list(self.features)}")
         return self.correct(self.grader.above(features[list(self.features)].to_numpy(float)))
 
-# %% ../../nbs/53f_quantification.grade_model.ipynb #a713cf32
+# %% ../../nbs/53f_quantification.grade_model.ipynb #3cc445e0
 def _inner_chances(data: GradingData, folds: dict[str, int], kind: str, params: dict[str, Any], seed: int) -> np.ndarray:
     "(glomeruli, 3) chances of each glomerulus from a model that had not seen its animal."
     fold = data.subjects.map(folds).to_numpy(float)
@@ -185,7 +185,7 @@ def fit_grader(
     correct = CALIBRATORS[calibrator](above[place], grades, weight)
     return FittedGrader(kind.make(**params).fit(data.examples(), o.seed), correct, rule, tuple(map(str, data.features.columns)), chosen)
 
-# %% ../../nbs/53f_quantification.grade_model.ipynb #1ad6506d
+# %% ../../nbs/53f_quantification.grade_model.ipynb #e89a976b
 SCORE_COLUMNS = ("id", "subject", "group", *(f"p{g}" for g in GRADES), "grade", "expected", "low", "high", "set_size", "abstained", "reason")
 
 

@@ -6,7 +6,7 @@
 __all__ = ['RULE', 'LEAST_UM2', 'COARSEST', 'LumenRule', 'close_gaps', 'without_threads', 'Islands', 'light_islands', 'Parts',
            'find_parts', 'lumens']
 
-# %% ../../nbs/51c_quantification.lumen.ipynb #9e33325e
+# %% ../../nbs/51c_quantification.lumen.ipynb #b21dd900
 from dataclasses import dataclass
 
 import cv2
@@ -16,7 +16,7 @@ from ..core.registry import EqError
 from .crop import Crop, density, register_measure
 from .geometry import hull_area
 
-# %% ../../nbs/51c_quantification.lumen.ipynb #53671d11
+# %% ../../nbs/51c_quantification.lumen.ipynb #c67429c2
 @dataclass(frozen=True)
 class LumenRule:
     "What makes a light area a lumen; lengths in um."
@@ -36,7 +36,7 @@ class LumenRule:
 
 RULE = LumenRule()
 
-# %% ../../nbs/51c_quantification.lumen.ipynb #a6f4fdcf
+# %% ../../nbs/51c_quantification.lumen.ipynb #b61d59e0
 def _far(mask: np.ndarray) -> np.ndarray:
     "Distance of each pixel of the mask to the outside."
     return cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5)
@@ -60,7 +60,7 @@ def without_threads(
     core = _far(mask) > radius
     return mask & (_far(~core) <= radius) if core.any() else core
 
-# %% ../../nbs/51c_quantification.lumen.ipynb #8f78f6d1
+# %% ../../nbs/51c_quantification.lumen.ipynb #56a1ea36
 def _outer(mask: np.ndarray) -> np.ndarray:
     "The largest connected part with its holes filled."
     outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
@@ -80,7 +80,7 @@ class Islands:
     convexity: np.ndarray  # (n,) area over that of the convex hull
     tint: np.ndarray  # (n,) density of the lightest pixel
 
-# %% ../../nbs/51c_quantification.lumen.ipynb #cc90c10e
+# %% ../../nbs/51c_quantification.lumen.ipynb #213c6527
 def light_islands(
     light: np.ndarray,  # bool (h, w)
     tuft: np.ndarray,  # bool (h, w)
@@ -109,7 +109,7 @@ def light_islands(
         convexity[k] = area[k] / hull_area(y[part], x[part])
     return Islands(number, area, inside, convexity, tint)
 
-# %% ../../nbs/51c_quantification.lumen.ipynb #ea414a5e
+# %% ../../nbs/51c_quantification.lumen.ipynb #be6ece18
 LEAST_UM2 = 700.0  # a glomerulus of 30 um: less is a scrap in which nothing can be told apart
 COARSEST = 2.5  # pixels more than this times the working pixel show no capillary
 _GREEN = np.array([0.0, 1.0, 0.0], np.float32)  # both magenta and eosin are seen best in green
@@ -123,7 +123,7 @@ class Parts:
     lumen: np.ndarray  # bool (h, w), open capillary lumens
     areas: np.ndarray  # (n,) of each lumen, pixels
 
-# %% ../../nbs/51c_quantification.lumen.ipynb #ff7daaa6
+# %% ../../nbs/51c_quantification.lumen.ipynb #d74e0007
 def find_parts(
     crop: Crop,  # With its outline
     rule: LumenRule = RULE,  # What makes a light area a lumen
@@ -146,7 +146,7 @@ def find_parts(
     found = light_islands(light, tuft, shade, rule.neck * u, rule.smallest * u * u)
     return _lumens_of(found, tuft, rule, (u, whitest, float(tissue)))
 
-# %% ../../nbs/51c_quantification.lumen.ipynb #cdd500fd
+# %% ../../nbs/51c_quantification.lumen.ipynb #f8a76258
 def _lumens_of(found: Islands, tuft: np.ndarray, rule: LumenRule, levels: tuple[float, float, float]) -> Parts:
     "Judges the islands."
     u, whitest, tissue = levels
@@ -158,7 +158,7 @@ def _lumens_of(found: Islands, tuft: np.ndarray, rule: LumenRule, levels: tuple[
     cleft = (seen & ~open_)[found.number] & (found.number > 0)
     return Parts(tuft & ~cleft, lumen, found.area[open_])
 
-# %% ../../nbs/51c_quantification.lumen.ipynb #c2e51032
+# %% ../../nbs/51c_quantification.lumen.ipynb #367860a9
 @register_measure("lumen", "eq.quantification.lumen; open share after the definition of endotheliosis by Spargo et al. 1959", {
     "open_fraction": ("", "open capillary lumen as share of the tuft"),
     "lumen_count": ("count", "open lumens"),
@@ -168,7 +168,10 @@ def _lumens_of(found: Islands, tuft: np.ndarray, rule: LumenRule, levels: tuple[
     "tuft_area": (2, "area of the tuft"),
     "tuft_fraction": ("", "tuft as share of the glomerulus"),
 })  # fmt: skip
-def lumens(crop: Crop) -> dict[str, float]:
+def lumens(
+    crop: Crop,  # One glomerulus
+) -> dict[str, float]:  # Name of a feature to its value
+    "Open lumens and the tuft. Raises EqError where no tuft is found."
     parts = crop.once(find_parts)
     tuft = float(np.count_nonzero(parts.tuft))
     if tuft == 0:

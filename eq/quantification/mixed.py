@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['MixedFit', 'fit_mixed']
 
-# %% ../../nbs/55a_quantification.mixed.ipynb #33669c33
+# %% ../../nbs/55a_quantification.mixed.ipynb #01903bf8
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..core.registry import EqError
 
-# %% ../../nbs/55a_quantification.mixed.ipynb #e4f3f8ad
+# %% ../../nbs/55a_quantification.mixed.ipynb #cf3fe743
 def _criterion(share: np.ndarray, mean: np.ndarray, size: np.ndarray, squares: np.ndarray, member: np.ndarray) -> np.ndarray:
     "Minus twice the restricted log-likelihood; `share` is the part of a typical animal mean's variance that comes from within."
     typical = size.mean(1, keepdims=True)
@@ -47,7 +47,7 @@ def _best_share(mean: np.ndarray, size: np.ndarray, squares: np.ndarray, member:
     share = (low + high) / 2
     return np.where(look(np.ones(len(mean))) <= look(share), 1.0, share)  # no variance between animals is a possible answer
 
-# %% ../../nbs/55a_quantification.mixed.ipynb #4ee95952
+# %% ../../nbs/55a_quantification.mixed.ipynb #6763b7dd
 @dataclass(frozen=True)
 class MixedFit:
     "Fits of many data sets with the same animals; axes: data set, group."
@@ -87,12 +87,13 @@ def _uncertainty(between: np.ndarray, within: np.ndarray, size: np.ndarray, memb
     information = 0.5 * (pair(two) - 2 * pair(three) * phi + outer * phi**2).sum(1)
     exact = within <= 0
     information[:, 1, 1] += np.where(exact, 0, 0.5 * (size.sum(1) - size.shape[1]) / np.where(exact, 1, within) ** 2)
-    information[exact] = information[exact] * np.array([[1, 0], [0, 0]]) + np.array([[0, 0], [0, 1e30]])
+    information[exact] = information[exact] * np.array([[1, 0], [0, 0]]) + np.array([[0, 0], [0, 1]])
     spread = np.linalg.inv(information)
+    spread[exact, 1, 1] = 0  # there is nothing within animals to be uncertain about
     more = 2 * plain**2 * np.einsum("rij,rgij->rg", spread, pair(three) - outer * phi)
     return plain + more, plain, slope * phi[..., 0] ** 2, spread
 
-# %% ../../nbs/55a_quantification.mixed.ipynb #9118559e
+# %% ../../nbs/55a_quantification.mixed.ipynb #654c3608
 def fit_mixed(
     mean: np.ndarray,  # (R, A) or (A,) mean of each animal, weighted where there are weights
     size: np.ndarray,  # (A,) or (R, A) glomeruli of each animal, effective number where there are weights
@@ -122,4 +123,5 @@ def fit_mixed(
     within = np.where(alone, 0.0, within)
     weight = 1 / (between[:, None] + within[:, None] / size)
     centre = ((weight * mean) @ member) / (weight @ member)
-    return MixedFit(centre, *_uncertainty(between, within, size, member), between, within)
+    variance, plain, gradient, spread = _uncertainty(between, within, size, member)
+    return MixedFit(centre, variance, plain, gradient, spread, between, within)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NUCLEUS_BLUR_UM', 'NUCLEUS_APART_UM', 'NUCLEUS_CONTRAST', 'Nuclei', 'find_nuclei', 'nuclei']
 
-# %% ../../nbs/51d_quantification.nuclei.ipynb #3ebe8f68
+# %% ../../nbs/51d_quantification.nuclei.ipynb #9ec8f7c9
 from dataclasses import dataclass
 
 import cv2
@@ -14,7 +14,7 @@ from skimage.filters import threshold_otsu
 
 from .crop import Crop, dyes, register_measure
 
-# %% ../../nbs/51d_quantification.nuclei.ipynb #72ec9bda
+# %% ../../nbs/51d_quantification.nuclei.ipynb #75de9039
 NUCLEUS_BLUR_UM = 1.2  # standard deviation of the smoothing
 NUCLEUS_APART_UM = 3.5  # least distance between two peaks
 NUCLEUS_CONTRAST = 0.08  # optical density by which Otsu's level must exceed the median
@@ -27,7 +27,7 @@ class Nuclei:
     mask: np.ndarray  # bool (h, w)
     peaks: np.ndarray  # (n, 2), row and column of each
 
-# %% ../../nbs/51d_quantification.nuclei.ipynb #869cd5d1
+# %% ../../nbs/51d_quantification.nuclei.ipynb #b6acaf64
 def find_nuclei(
     crop: Crop,  # With its outline
 ) -> Nuclei:  # Raises EqError for a grey picture, or one too small or coarse
@@ -46,13 +46,16 @@ def find_nuclei(
     count, _, _, centres = cv2.connectedComponentsWithStats(peak.astype(np.uint8), connectivity=8)  # a plateau is one peak
     return Nuclei(mask, np.rint(centres[1:count, ::-1]).astype(int))
 
-# %% ../../nbs/51d_quantification.nuclei.ipynb #db400cd8
+# %% ../../nbs/51d_quantification.nuclei.ipynb #cd1bbe6f
 @register_measure("nuclei", "eq.quantification.nuclei on haematoxylin (Ruifrok and Johnston 2001), level after Otsu 1979", {
     "nuclear_count": ("count", "nuclei within the outline"),
     "nuclear_density": (-2, "nuclei per area of glomerulus"),
     "nuclear_fraction": ("", "area of nuclei as share of the glomerulus"),
 })  # fmt: skip
-def nuclei(crop: Crop) -> dict[str, float]:
+def nuclei(
+    crop: Crop,  # One glomerulus
+) -> dict[str, float]:  # Name of a feature to its value
+    "Number, density and area of nuclei."
     found, area = crop.once(find_nuclei), float(np.count_nonzero(crop.mask))
     return {
         "nuclear_count": float(len(found.peaks)),

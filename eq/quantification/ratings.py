@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRADES', 'WORDS', 'COLUMNS', 'LabelAt', 'whole_grade', 'read_ratings', 'Placed', 'place_ratings']
 
-# %% ../../nbs/52_quantification.ratings.ipynb #d14274ce
+# %% ../../nbs/52_quantification.ratings.ipynb #5aa8605b
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..core.registry import EqError
 from ..data.scores import find_column, match_names, read_sheet, score_value
 from .instances import records
 
-# %% ../../nbs/52_quantification.ratings.ipynb #df58777a
+# %% ../../nbs/52_quantification.ratings.ipynb #8bc53561
 GRADES = (0, 1, 2, 3)
 WORDS = {"id": ("id", "glomerulus", "glomerulusid", "object", "objectid", "roi"), "x": ("x", "xpx", "centroidx"), "y": ("y", "ypx", "centroidy")}
 COLUMNS = ("id", "image", "x", "y", "rater", "score")
@@ -40,7 +40,7 @@ def whole_grade(
         raise EqError(f"{where}: grade {text!r}; valid: one of {list(GRADES)}, or empty")
     return value
 
-# %% ../../nbs/52_quantification.ratings.ipynb #71153f02
+# %% ../../nbs/52_quantification.ratings.ipynb #92b4f4d9
 def read_ratings(
     sheet: str | Path,  # CSV, TSV or XLSX, one row a score
 ) -> pd.DataFrame:  # COLUMNS; id and image are "" where the sheet has none, x and y NaN; empty scores are left out
@@ -64,9 +64,11 @@ def read_ratings(
         axis: [score_value(t, w) for t, w in zip(texts(axis), numbers, strict=True)] for axis in ("x", "y")}
     made["score"] = [whole_grade(t, w) for t, w in zip(texts("score"), numbers, strict=True)]
     table = pd.DataFrame({c: made[c] for c in COLUMNS}).dropna(subset=["score"])
+    if table.empty:
+        raise EqError(f"{name} holds no grade: the column {own['score']!r} is empty in all {len(raw)} rows")
     return table.astype({"score": int}).reset_index(drop=True)
 
-# %% ../../nbs/52_quantification.ratings.ipynb #2665bd55
+# %% ../../nbs/52_quantification.ratings.ipynb #bace79a1
 @dataclass(frozen=True)
 class Placed:
     "Ratings at their glomeruli."
@@ -110,7 +112,7 @@ def _targets(row: Mapping[str, Any], glomeruli: pd.DataFrame, images: dict[str, 
         return _by_point(row, here, label_at)
     return ([str(i) for i in here["id"]], "") if len(here) else ([], "no glomerulus in this image")
 
-# %% ../../nbs/52_quantification.ratings.ipynb #e24f56e3
+# %% ../../nbs/52_quantification.ratings.ipynb #972cacf5
 def place_ratings(
     ratings: pd.DataFrame,  # Of `read_ratings`, or with the same columns
     glomeruli: pd.DataFrame,  # One row a glomerulus: id, image, label, y, x, top, left, bottom, right
@@ -126,10 +128,13 @@ def place_ratings(
         rows += [(i, str(row["rater"]) or "rater", int(row["score"])) for i in ids]
         lost += [] if ids else [{**row, "why": why}]
     placed = pd.DataFrame(rows, columns=["id", "rater", "score"]).drop_duplicates()
-    for (i, rater), group in placed.groupby(["id", "rater"], sort=False):
-        if len(group) > 1:  # perhaps two glomeruli that the network took for one
-            why = f"two grades of one rater for {i}: {group['score'].tolist()}"
-            lost += [{"id": str(i), "image": "", "x": np.nan, "y": np.nan, "rater": str(rater), "score": int(v), "why": why} for v in group["score"]]
+    given: dict[tuple[str, str], list[int]] = {}
+    for row in records(placed):
+        given.setdefault((row["id"], row["rater"]), []).append(row["score"])
+    for (i, rater), scores in given.items():
+        if len(scores) > 1:  # perhaps two glomeruli that the network took for one
+            why = f"two grades of one rater for {i}: {scores}"
+            lost += [{"id": i, "image": "", "x": np.nan, "y": np.nan, "rater": rater, "score": v, "why": why} for v in scores]
     placed = placed.drop_duplicates(["id", "rater"], keep=False)
     unplaced = pd.DataFrame(lost, columns=[*COLUMNS, "why"])
     return Placed(placed.reset_index(drop=True), unplaced, tuple(str(i) for i in glomeruli["id"] if i not in set(placed["id"])))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHEET', 'review_queue', 'export_review', 'read_review', 'apply_review', 'review_curve']
 
-# %% ../../nbs/58_quantification.review.ipynb #ba554a19
+# %% ../../nbs/58_quantification.review.ipynb #1d83a951
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from .effect import EffectPlan, estimate_effect
 from .imputation import GRADES, model_animals, read_animals
 from .trial import PROBABILITIES, read_trial
 
-# %% ../../nbs/58_quantification.review.ipynb #0d0e7db5
+# %% ../../nbs/58_quantification.review.ipynb #1c1440a0
 @dataclass(frozen=True)
 class _Stakes:
     "What the variance of an effect is made of, by animal; unsettled and doubt change as glomeruli are reviewed."
@@ -90,7 +90,7 @@ def review_queue(
     queue.insert(0, "rank", np.arange(1, len(queue) + 1))
     return queue.assign(rate=queue["gain"] / queue["minutes"])
 
-# %% ../../nbs/58_quantification.review.ipynb #ac97de65
+# %% ../../nbs/58_quantification.review.ipynb #116e0822
 SHEET = ["rank", "id", "image", "label", "crop", "geojson_id", "minutes", "score", "reviewer"]
 
 
@@ -169,7 +169,7 @@ def apply_review(
     out["reason"] = np.where(seen, "reviewed", out["reason"] if "reason" in out else "")
     return out
 
-# %% ../../nbs/58_quantification.review.ipynb #cdabe794
+# %% ../../nbs/58_quantification.review.ipynb #ddaa350b
 def review_curve(
     scores: pd.DataFrame,  # One row a glomerulus, with ids
     truth: Mapping[str, int],  # id to the grade a person would give

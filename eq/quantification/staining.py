@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['glomerulus_stain', 'tuft_stain']
 
-# %% ../../nbs/51b_quantification.staining.ipynb #93bdf991
+# %% ../../nbs/51b_quantification.staining.ipynb #19e4de42
 import numpy as np
 
 from .crop import Crop, dyes, register_measure
 from .lumen import find_parts
 
-# %% ../../nbs/51b_quantification.staining.ipynb #7af7e789
+# %% ../../nbs/51b_quantification.staining.ipynb #f3274351
 def _figures(values: np.ndarray, where: str) -> dict[str, float]:
     names = (f"{where}haematoxylin", f"{where}counterstain")
     mean, spread = values.mean(0), values.std(0)
@@ -24,11 +24,17 @@ _WHAT = {"haematoxylin_mean": "mean haematoxylin", "haematoxylin_sd": "its stand
 
 
 @register_measure("stain", _SOURCE, {name: ("OD", f"{what}, whole glomerulus") for name, what in _WHAT.items()})
-def glomerulus_stain(crop: Crop) -> dict[str, float]:
+def glomerulus_stain(
+    crop: Crop,  # One glomerulus
+) -> dict[str, float]:  # Name of a feature to its value
+    "Stain over the whole glomerulus."
     return _figures(crop.once(dyes)[crop.mask], "")
 
 
 @register_measure("stain", _SOURCE, {f"tuft_{name}": ("OD", f"{what}, tissue of the tuft") for name, what in _WHAT.items()})
-def tuft_stain(crop: Crop) -> dict[str, float]:
+def tuft_stain(
+    crop: Crop,  # One glomerulus
+) -> dict[str, float]:  # Name of a feature to its value
+    "Stain over the tissue of the tuft."
     parts = crop.once(find_parts)
     return _figures(crop.once(dyes)[parts.tuft & ~parts.lumen], "tuft_")

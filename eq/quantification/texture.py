@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['GLCM_LEVELS', 'GLCM_MOST', 'GLCM_STEP_UM', 'LBP_CLASSES', 'green_levels', 'co_occurrence', 'binary_patterns']
 
-# %% ../../nbs/51e_quantification.texture.ipynb #c33ee7cc
+# %% ../../nbs/51e_quantification.texture.ipynb #da6bbf0b
 import numpy as np
 from skimage.feature import graycomatrix, graycoprops, local_binary_pattern
 
 from .crop import Crop, density, register_measure
 
-# %% ../../nbs/51e_quantification.texture.ipynb #f1354824
+# %% ../../nbs/51e_quantification.texture.ipynb #21c7ce34
 GLCM_LEVELS = 16  # of density 0 to GLCM_MOST
 GLCM_MOST = 1.2
 GLCM_STEP_UM = 2.0
@@ -31,19 +31,25 @@ def green_levels(
 
 @register_measure("texture", "Haralick et al. 1973; scikit-image graycomatrix, distance 2 um, 4 directions, 16 levels",
                   {f"glcm_{name}": ("", text) for name, text in zip(_PROPERTIES, _MEANING, strict=True)})  # fmt: skip
-def co_occurrence(crop: Crop) -> dict[str, float]:
+def co_occurrence(
+    crop: Crop,  # One glomerulus
+) -> dict[str, float]:  # Name of a feature to its value
+    "Grey-level co-occurrence. Raises EqError for a speck."
     crop.enough(100)
     step = max(1, round(GLCM_STEP_UM * crop.scale.per_um))
     pairs = graycomatrix(green_levels(crop), [step], _ANGLES, GLCM_LEVELS + 1, symmetric=True)[1:, 1:].sum(axis=3, keepdims=True)
     return {f"glcm_{name}": float(graycoprops(pairs, name)[0, 0]) for name in _PROPERTIES}
 
-# %% ../../nbs/51e_quantification.texture.ipynb #4fc54492
+# %% ../../nbs/51e_quantification.texture.ipynb #5659d210
 LBP_CLASSES = 10
 
 
 @register_measure("texture", "Ojala et al. 2002; scikit-image local_binary_pattern, uniform, 8 neighbours at 1 working pixel",
                   {f"lbp_{i}": ("", f"share of pixels with {i} denser neighbours in a row" if i < 9 else "share of other patterns") for i in range(LBP_CLASSES)})
-def binary_patterns(crop: Crop) -> dict[str, float]:
+def binary_patterns(
+    crop: Crop,  # One glomerulus
+) -> dict[str, float]:  # Name of a feature to its value
+    "Local binary patterns. Raises EqError for a speck."
     crop.enough(100)
     grey = np.clip(np.rint(crop.once(density)[..., 1] * 200), 0, 255).astype(np.uint8)  # whole numbers: equal pixels compare as equal
     classes = local_binary_pattern(grey, 8, 1, "uniform")[crop.mask].astype(np.intp)
