@@ -7,7 +7,7 @@ __all__ = ['BANK', 'REFERENCE', 'GATE_STAGES', 'MOST_IMAGES', 'FEW_GROUPS', 'ACC
            'COARSE_PX', 'Finding', 'GateReference', 'Gate', 'fit_gate', 'load_gate', 'Admission', 'px_findings',
            'distance_findings', 'quality_findings', 'admit']
 
-# %% ../../nbs/45_inference.gate.ipynb #73ad3e82
+# %% ../../nbs/45_inference.gate.ipynb #7f447dae
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from .glance import as_trained, embed_cohort, gate_windows
 from .working import MAX_RATIO
 from ..models.checkpoint import checkpoint_folder, load_tensors, save_tensors
 
-# %% ../../nbs/45_inference.gate.ipynb #6eb5d0a3
+# %% ../../nbs/45_inference.gate.ipynb #f16705ba
 BANK, REFERENCE = "gate.safetensors", "gate.json"
 GATE_STAGES = (-4, -3, -2)  # of the encoder; see below
 MOST_IMAGES = 200  # of the training images, evenly over the table; more make the gate slower, not better
@@ -79,7 +79,7 @@ class Gate:
         rows = embed_crops(self.encoder, gate_windows(image, self.encoder.meta))
         return float(by_image(DISTANCES[self.reference.distance](self.bank, rows), np.zeros(len(rows), int))[0])
 
-# %% ../../nbs/45_inference.gate.ipynb #6408ceaa
+# %% ../../nbs/45_inference.gate.ipynb #6a9cad63
 def _some(cohort: Cohort) -> Cohort:
     "At most MOST_IMAGES, evenly over the table."
     return cohort.subset(np.unique(np.linspace(0, len(cohort) - 1, min(len(cohort), MOST_IMAGES)).astype(int)))
@@ -92,7 +92,7 @@ def _usual(cohort: Cohort, bank: np.ndarray, image: np.ndarray, distance: str) -
         return np.empty(0), unit
     return cross_distances(bank, image, cohort.table[unit].astype(str).tolist(), distance), unit
 
-# %% ../../nbs/45_inference.gate.ipynb #3fb05584
+# %% ../../nbs/45_inference.gate.ipynb #3ba37043
 def fit_gate(
     checkpoint: Path | str,  # A checkpoint folder; the gate is written into it
     train: Cohort,  # The images that it was trained on
@@ -139,7 +139,7 @@ def load_gate(
         raise EqError(f"{folder / BANK} holds {sorted(tensors)}; expected one table 'bank'")
     return Gate(reference, encoder, tensors["bank"].float().numpy())
 
-# %% ../../nbs/45_inference.gate.ipynb #bb1f5b4b
+# %% ../../nbs/45_inference.gate.ipynb #3e2407c9
 ACCEPT, WIDER, REFUSE, NO_GATE = "accept", "accept-wider", "refuse", "no-gate"
 SAME_PX, COARSE_PX = 1.5, 2.0  # ratio of pixel sizes that is no matter; pixels this many times a working pixel are too coarse
 Finding = tuple[str, str]  # a verdict and its reason
@@ -171,7 +171,7 @@ def px_findings(
         return [(REFUSE, f"{text}: {ratio / meta.scale:.1f} times as coarse as the network works at")]
     return [(WIDER, text)] if not 1 / SAME_PX <= ratio <= SAME_PX else []
 
-# %% ../../nbs/45_inference.gate.ipynb #05094d58
+# %% ../../nbs/45_inference.gate.ipynb #62cff4d3
 def distance_findings(
     reference: GateReference,  # Of the checkpoint
     distance: float,  # Of the image

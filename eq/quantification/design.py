@@ -6,7 +6,7 @@
 __all__ = ['Components', 'Design', 'power', 'animals_needed', 'Costs', 'next_step', 'power_table', 'components_of_ratings',
            'components_of_scores']
 
-# %% ../../nbs/56_quantification.design.ipynb #2ce02bb9
+# %% ../../nbs/56_quantification.design.ipynb #95e2669d
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,7 +21,7 @@ from .imputation import draw_animals, read_animals
 from .mixed import fit_mixed
 from .trial import read_trial
 
-# %% ../../nbs/56_quantification.design.ipynb #198da24f
+# %% ../../nbs/56_quantification.design.ipynb #4b8fbe63
 @dataclass(frozen=True)
 class Components(Result):
     "Variances of a grade, squared grades."
@@ -62,7 +62,7 @@ class Design:
         if self.animals < 2 or self.glomeruli < 1 or self.raters < 1:
             raise EqError(f"{self}; valid: at least 2 animals a group, 1 glomerulus, 1 rater")
 
-# %% ../../nbs/56_quantification.design.ipynb #ea8096ff
+# %% ../../nbs/56_quantification.design.ipynb #fefdb5de
 def power(
     components: Components,  # How things vary
     design: Design,  # How many of each
@@ -99,7 +99,7 @@ def animals_needed(
         low, high = (low, middle) if reached(middle) else (middle, high)
     return high
 
-# %% ../../nbs/56_quantification.design.ipynb #d353cae7
+# %% ../../nbs/56_quantification.design.ipynb #7d56b873
 @dataclass(frozen=True)
 class Costs:
     "What things cost, in one unit, for example hours or euros."
@@ -135,7 +135,7 @@ def next_step(
         f"{share:.0%} of the variance of an animal's mean does not shrink with more glomeruli."
     )
 
-# %% ../../nbs/56_quantification.design.ipynb #a255b885
+# %% ../../nbs/56_quantification.design.ipynb #70746a34
 def power_table(
     components: Components,  # How things vary
     effect: float,  # Difference of mean grades
@@ -153,13 +153,18 @@ def power_table(
         rows.append(row | {"power": power(components, d, effect, alpha), "low": ends[0], "high": ends[1]})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/56_quantification.design.ipynb #7133f871
-def _balance(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
-    "Animal means, sizes, sum of squares within and groups of a table with subject, group, value."
-    by = table.groupby(["group", "subject"], sort=True)["value"]
-    squares = float(((table["value"] - by.transform("mean")) ** 2).sum())
-    groups = by.mean().index.get_level_values("group")
-    return by.mean().to_numpy(), by.size().to_numpy(float), squares, np.unique(groups, return_inverse=True)[1]
+# %% ../../nbs/56_quantification.design.ipynb #fd55fbaa
+def _codes(table: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray]:
+    "Number of each row's name, and the first row of each name."
+    _, first, codes = np.unique(table[name].astype(str).to_numpy(str), return_index=True, return_inverse=True)
+    return codes, first
+
+
+def _means(values: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    "Mean and size of each name, and the sum of squares within."
+    size = np.bincount(codes)
+    mean = np.bincount(codes, values) / size
+    return mean, size, float(((values - mean[codes]) ** 2).sum())
 
 
 def components_of_ratings(
@@ -169,17 +174,23 @@ def components_of_ratings(
     missing = [c for c in ("id", "subject", "group", "score") if c not in ratings.columns]
     if missing:
         raise EqError(f"ratings lack {missing}; needed: id, subject, group, score (and rater)")
-    table = ratings.dropna(subset=["score"]).assign(value=lambda t: t["score"].astype(float))
-    raters = table["rater"].nunique() if "rater" in table else 1
-    if raters > 1:
-        table["value"] -= table.groupby("rater")["value"].transform("mean") - table["value"].mean()
-    of_one = table.groupby("id")["value"]
-    repeats = len(table) - table["id"].nunique() - (raters - 1)
-    noise = float(((table["value"] - of_one.transform("mean")) ** 2).sum() / repeats) if repeats > 0 else 0.0
-    single = table.groupby("id").agg(subject=("subject", "first"), group=("group", "first"), value=("value", "mean"), n=("value", "size"))
-    means, sizes, squares, group = _balance(single)
+    table = pd.DataFrame(ratings[ratings["score"].notna()])
+    if not len(table):
+        raise EqError(f"none of the {len(ratings)} ratings has a score")
+    value, raters = table["score"].to_numpy(float), 1
+    if "rater" in table:
+        rater, firsts = _codes(table, "rater")
+        raters = len(firsts)
+        value = value - _means(value, rater)[0][rater] + value.mean()
+    glomerulus, first = _codes(table, "id")
+    single, times, squares = _means(value, glomerulus)
+    repeats = len(table) - len(single) - (raters - 1)
+    noise = squares / repeats if repeats > 0 else 0.0
+    animal, start = _codes(table.iloc[first], "subject")
+    group = _codes(table.iloc[first], "group")[0][start]
+    means, sizes, squares = _means(single, animal)
     fit = fit_mixed(means, sizes, squares, group)
-    within = max(float(fit.within[0]) - noise * float((1 / single["n"]).mean()), 0.0)
+    within = max(float(fit.within[0]) - noise * float((1 / times).mean()), 0.0)
     return Components(float(fit.between[0]), within, noise, 0.0, len(means), float(len(means) - group.max() - 1))
 
 

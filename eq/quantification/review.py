@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHEET', 'review_queue', 'export_review', 'read_review', 'apply_review', 'review_curve']
 
-# %% ../../nbs/58_quantification.review.ipynb #1d83a951
+# %% ../../nbs/58_quantification.review.ipynb #3fc4969e
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from .effect import EffectPlan, estimate_effect
 from .imputation import GRADES, model_animals, read_animals
 from .trial import PROBABILITIES, read_trial
 
-# %% ../../nbs/58_quantification.review.ipynb #1c1440a0
+# %% ../../nbs/58_quantification.review.ipynb #cc28c7f7
 @dataclass(frozen=True)
 class _Stakes:
     "What the variance of an effect is made of, by animal; unsettled and doubt change as glomeruli are reviewed."
@@ -90,7 +90,7 @@ def review_queue(
     queue.insert(0, "rank", np.arange(1, len(queue) + 1))
     return queue.assign(rate=queue["gain"] / queue["minutes"])
 
-# %% ../../nbs/58_quantification.review.ipynb #116e0822
+# %% ../../nbs/58_quantification.review.ipynb #83f19c2d
 SHEET = ["rank", "id", "image", "label", "crop", "geojson_id", "minutes", "score", "reviewer"]
 
 
@@ -140,13 +140,14 @@ def read_review(
     repeated = sheet.loc[sheet["id"].duplicated(), "id"].tolist()
     if unknown or repeated:
         raise EqError(f"{path}: ids that are not in the scores {unknown[:5]}, ids more than once {repeated[:5]}")
-    answered = pd.DataFrame(sheet[sheet["score"].str.strip() != ""])
-    text = answered["score"].str.strip().str.removesuffix(".0")
-    wrong = answered[~text.isin(["0", "1", "2", "3"])]
-    if len(wrong):
-        raise EqError(f"{path}: score {wrong['score'].iloc[0]!r} of {wrong['id'].iloc[0]}; valid: 0, 1, 2, 3 or empty")
-    reviewer = answered["reviewer"] if "reviewer" in answered else ""
-    return pd.DataFrame({"id": answered["id"], "score": text.astype(int), "reviewer": reviewer}).reset_index(drop=True)
+    rows = []
+    for line in sheet.to_dict("records"):
+        text = str(line["score"]).strip().removesuffix(".0")
+        if text and text not in ("0", "1", "2", "3"):
+            raise EqError(f"{path}: score {line['score']!r} of {line['id']}; valid: 0, 1, 2, 3 or empty")
+        if text:
+            rows.append((str(line["id"]), int(text), str(line.get("reviewer", ""))))
+    return pd.DataFrame(rows, columns=["id", "score", "reviewer"])
 
 
 def apply_review(
@@ -155,13 +156,13 @@ def apply_review(
 ) -> pd.DataFrame:  # A copy; reviewed glomeruli are certain, `settled` holds the variance the grader had left open
     "Puts answers into the scores."
     out = scores.copy()
-    answer = out["id"].astype(str).map(review.set_index("id")["score"])
-    seen = answer.notna().to_numpy()
+    answers = {str(i): int(s) for i, s in zip(review["id"], review["score"], strict=True)}
+    seen = np.array([str(i) in answers for i in out["id"]], bool)
     p = out[PROBABILITIES].to_numpy(float)
     before = np.maximum(p @ GRADES**2 - (p @ GRADES) ** 2, 0)
     old = out["settled"].fillna(0).to_numpy(float) if "settled" in out else np.zeros(len(out))
     out["settled"] = np.where(seen, np.maximum(old, before), old)
-    grade = answer.fillna(0).to_numpy(int)
+    grade = np.array([answers.get(str(i), 0) for i in out["id"]], int)
     out[PROBABILITIES] = np.where(seen[:, None], np.eye(4)[grade], p)
     for name, value in (("grade", grade), ("low", grade), ("high", grade), ("expected", grade.astype(float)), ("set_size", 1), ("abstained", False)):
         if name in out:
@@ -169,7 +170,7 @@ def apply_review(
     out["reason"] = np.where(seen, "reviewed", out["reason"] if "reason" in out else "")
     return out
 
-# %% ../../nbs/58_quantification.review.ipynb #ddaa350b
+# %% ../../nbs/58_quantification.review.ipynb #43626865
 def review_curve(
     scores: pd.DataFrame,  # One row a glomerulus, with ids
     truth: Mapping[str, int],  # id to the grade a person would give

@@ -6,7 +6,7 @@
 __all__ = ['Perturb', 'PERTURBATIONS', 'Regrade', 'LEVELS', 'object_dice', 'erode', 'dilate', 'drop', 'merge', 'perturb_to',
            'Sensitivity', 'measure_sensitivity']
 
-# %% ../../nbs/57_quantification.sensitivity.ipynb #eb2d32c1
+# %% ../../nbs/57_quantification.sensitivity.ipynb #30fa5453
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from ..core.registry import EqError, Registry
 from .calibration import Calibration
 from .effect import EffectPlan, estimate_effect
 
-# %% ../../nbs/57_quantification.sensitivity.ipynb #e0671abb
+# %% ../../nbs/57_quantification.sensitivity.ipynb #e01d8021
 def object_dice(
     labels: np.ndarray,  # (H, W) objects to be judged
     truth: np.ndarray,  # (H, W) true objects
@@ -38,7 +38,7 @@ def object_dice(
     best[t] = 2 * shared[order] / (true_area[t] + area[o])
     return float(best[numbers].mean())
 
-# %% ../../nbs/57_quantification.sensitivity.ipynb #ade8eefd
+# %% ../../nbs/57_quantification.sensitivity.ipynb #08432166
 Perturb = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
 PERTURBATIONS: Registry[Perturb] = Registry("perturbation")
 
@@ -76,7 +76,8 @@ def dilate(
     "Adds a rim of equal width to each object, where no other object is."
     if not labels.any():
         return labels.copy()
-    away, near = ndimage.distance_transform_edt(labels == 0, return_indices=True)
+    away = np.asarray(ndimage.distance_transform_edt(labels == 0))
+    near = np.asarray(ndimage.distance_transform_edt(labels == 0, return_distances=False, return_indices=True))
     return np.where(away <= strength * _radius(labels), labels[tuple(near)], 0)
 
 
@@ -111,7 +112,7 @@ def merge(
         table[numbers[i]] = table[numbers[apart[i].argmin()]]
     return table[labels]
 
-# %% ../../nbs/57_quantification.sensitivity.ipynb #6351740c
+# %% ../../nbs/57_quantification.sensitivity.ipynb #67c5ac1c
 def perturb_to(
     labels: Mapping[str, np.ndarray],  # Image to its objects
     kind: str,  # A name in PERTURBATIONS
@@ -141,7 +142,7 @@ def perturb_to(
         low, high = (middle, high) if made[1] > dice else (low, middle)
     return best
 
-# %% ../../nbs/57_quantification.sensitivity.ipynb #5d8db8d6
+# %% ../../nbs/57_quantification.sensitivity.ipynb #70e00f20
 Regrade = Callable[[Mapping[str, np.ndarray]], pd.DataFrame]  # labels to a table of scores
 LEVELS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6)
 

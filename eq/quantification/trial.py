@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PROBABILITIES', 'CONTROLS', 'Trial', 'choose_control', 'read_trial']
 
-# %% ../../nbs/55f_quantification.trial.ipynb #4184c78a
+# %% ../../nbs/55f_quantification.trial.ipynb #29214947
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ import pandas as pd
 from ..core.registry import EqError, unknown_name
 from .imputation import GRADES, Herd, make_herd
 
-# %% ../../nbs/55f_quantification.trial.ipynb #7b234063
+# %% ../../nbs/55f_quantification.trial.ipynb #402bb4f8
 PROBABILITIES = ["p0", "p1", "p2", "p3"]
 CONTROLS = ("control", "ctrl", "vehicle", "untreated", "sham", "placebo", "wt", "wildtype", "wild type", "normal", "healthy")
 
@@ -45,7 +46,7 @@ def choose_control(
         raise EqError(f"which group is the control cannot be told from the names; name it, for example control={groups[0]!r}; groups: {groups}")
     return found[0]
 
-# %% ../../nbs/55f_quantification.trial.ipynb #3a50be70
+# %% ../../nbs/55f_quantification.trial.ipynb #aac432b9
 def _usable(scores: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     "Counted rows with scores, and a note on what was left out."
     notes, table = [], scores
@@ -53,11 +54,11 @@ def _usable(scores: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         table = pd.DataFrame(table[table["weight"].fillna(0) > 0])
         if len(table) < len(scores):
             notes.append(f"{len(scores) - len(table)} of {len(scores)} glomeruli have weight 0 and do not count")
-    lacking = table[PROBABILITIES].isna().any(axis=1)
+    lacking = np.isnan(table[PROBABILITIES].to_numpy(float)).any(axis=1)
     if lacking.any():
-        where = table[lacking].groupby("group").size().to_dict()
+        where = dict(sorted(Counter(table["group"][lacking]).items()))
         notes.append(f"{int(lacking.sum())} of {len(table)} glomeruli have no scores and are left out: {where}")
-        gone = sorted(set(table["subject"]) - set(table.loc[~lacking, "subject"]))
+        gone = sorted(set(table["subject"]) - set(table["subject"][~lacking]))
         notes += [f"animals without any score are left out: {gone}"] if gone else []
     table = pd.DataFrame(table[~lacking])
     if not len(table):
@@ -74,31 +75,32 @@ def _checked(scores: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     missing = [c for c in ("subject", "group", *PROBABILITIES) if c not in scores.columns]
     if missing:
         raise EqError(f"scores lack {missing}; needed: subject, group, p0 to p3 (and weight, grade where there are)")
-    if scores[["subject", "group"]].isna().any().any():
-        raise EqError(f"{int(scores[['subject', 'group']].isna().any(axis=1).sum())} rows of the scores name no subject or no group")
+    nameless = pd.isna(scores[["subject", "group"]].to_numpy(object)).any(axis=1)
+    if nameless.any():
+        raise EqError(f"{int(nameless.sum())} rows of the scores name no subject or no group")
     table, notes = _usable(scores.assign(subject=scores["subject"].astype(str), group=scores["group"].astype(str)))
-    several = table.groupby("subject")["group"].nunique()
-    if (several > 1).any():
-        names = several[several > 1].index.tolist()
+    pairs = sorted(set(zip(table["group"], table["subject"], strict=True)))
+    names = [s for s, n in sorted(Counter(s for _, s in pairs).items()) if n > 1]
+    if names:
         raise EqError(f"subjects in more than one group: {names[:5]}; an animal belongs to one group (name subjects so that they are unique)")
-    counts = table.groupby("group")["subject"].nunique()
+    counts = Counter(g for g, _ in pairs)
     if len(counts) < 2:
-        raise EqError(f"only one group with scores, {counts.index[0]!r} ({counts.iloc[0]} animals); an effect needs two groups")
-    alone = counts[counts == 1].index.tolist()
+        raise EqError(f"only one group with scores, {pairs[0][0]!r} ({len(pairs)} animals); an effect needs two groups")
+    alone = [g for g, n in counts.items() if n == 1]
     notes += [f"one animal only in {alone}: how much animals of that group differ is taken from the other groups"] if alone else []
     return table, notes
 
-# %% ../../nbs/55f_quantification.trial.ipynb #52226990
+# %% ../../nbs/55f_quantification.trial.ipynb #54930f9e
 def read_trial(
     scores: pd.DataFrame,  # One row a glomerulus: subject, group, p0 to p3; weight, grade, id and settled where there are
     control: str | None = None,  # Name of the control group
 ) -> Trial:  # Animals in groups
     "Checks a table of scores. Raises EqError when it cannot be compared."
     table, notes = _checked(scores)
-    names = sorted(table["group"].unique())
+    names = sorted(set(table["group"]))
     first = choose_control(names, control)
     groups = (first, *(g for g in names if g != first))
-    table = table.assign(_group=table["group"].map({g: i for i, g in enumerate(groups)})).sort_values(["_group", "subject"], kind="stable")
+    table = table.assign(_group=[groups.index(g) for g in table["group"]]).sort_values(["_group", "subject"], kind="stable")
     change = (table["subject"] != table["subject"].shift()).to_numpy()
     start = np.flatnonzero(change)
     p = table[PROBABILITIES].to_numpy(float)

@@ -7,7 +7,7 @@ __all__ = ['EDGES', 'Outcome', 'NULL', 'EFFECT', 'CHUNK', 'SIZES', 'generator_ha
            'grade_seen', 'Simulated', 'simulate', 'analyse', 'wilson', 'measure_effect', 'scores_table',
            'measure_scale', 'bench_effect']
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #f04a4759
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #6bb1f518
 import re
 import subprocess
 import time
@@ -33,7 +33,7 @@ from ..quantification.pooling import Pooled, Slope, interval, p_value
 from ..quantification.trial import PROBABILITIES
 from .bench import Row, Sitting, plot_rows
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #12eca1fc
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #2982d480
 def generator_hash() -> tuple[str, int]:  # SHA-256 and number of modules
     "Hash of eq/data/synthetic*.py as of git HEAD, name by name. Raises EqError without git."
     def git(*words: str) -> bytes:
@@ -49,7 +49,7 @@ def generator_hash() -> tuple[str, int]:  # SHA-256 and number of modules
     lines = [f"{sha256_bytes(git('show', f'HEAD:{name}'))}  {name}\n" for name in names]
     return sha256_bytes("".join(lines).encode()), len(names)
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #e9c29118
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #0d508709
 EDGES = logit(np.array(GRADE_EDGES))
 
 
@@ -99,7 +99,7 @@ def sample(
     human = np.searchsorted(EDGES, true + world.rater * rng.standard_normal(len(animal)), side="right")
     return Sampled(seen, human, np.cumsum(sizes) - sizes)
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #91b7d609
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #e9e45e6e
 def fit_grader(
     seen: np.ndarray,  # (N,) what the grader sees
     human: np.ndarray,  # (N,) human grades
@@ -128,7 +128,7 @@ def grade_seen(
     "The grader's answer."
     return softmax(seen[:, None] * GRADES * grader[0] + np.concatenate([[0.0], grader[1:]]), axis=1)
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #9fbc79ef
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #b84409b9
 @dataclass(frozen=True)
 class Simulated:
     "Cohorts with the same number of animals a group, graded."
@@ -158,7 +158,7 @@ def simulate(
         calibrations.append(fit_calibration(grade_seen(grader, held.seen) @ GRADES, held.human.astype(float), animal))
     return Simulated(make_herd(p, np.ones(len(p)), drawn.start, group), drawn.human.astype(float), calibrations)
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #3917e0fd
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #3c7d7888
 Outcome = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # p, low, high, estimate; each (cohorts,)
 
 
@@ -200,7 +200,7 @@ def wilson(
     low, high = stats.binomtest(int(hits), n).proportion_ci(method="wilson")
     return float(low), float(high)
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #36e59a62
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #ca808c91
 NULL, EFFECT = 0.0, 0.8  # shift of the treated group, logit: none, and one worth finding
 CHUNK = 200  # cohorts in memory at once
 
@@ -229,7 +229,7 @@ def measure_effect(
             rows.append((name, f"width_{kind}", float(np.nanmedian(high - low)), np.nan, np.nan))
     return pd.DataFrame(rows, columns=["variant", "metric", "value", "low", "high"])
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #742a1135
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #c2e07a53
 SIZES = (1_250, 2_500, 5_000, 10_000)
 
 
@@ -267,7 +267,7 @@ def measure_scale(
     fits = {what: float(np.polyfit(np.log(sizes), np.log(values), 1)[0]) for what, values in (("seconds", seconds), ("peak", peaks))}
     return rows + [Row("scale", f"exponent_{what}", v) for what, v in fits.items()]
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #293e800d
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #62466106
 def bench_effect(
     sitting: Sitting,  # What to append to
     minutes: float | None = None,  # Not used: the dose is a number of cohorts
@@ -280,10 +280,10 @@ def bench_effect(
     for animals in (n for n in (6, 12) if not only or str(n) in only):
         begin = time.monotonic()
         table = measure_effect(animals, seed=seed)
-        for r in table.itertuples():
-            name = f"{r.metric}_{animals}"
-            rows.append(Row(str(r.variant), name, float(r.value), "grades" if name.startswith(("bias", "width")) else "", str(seed)))
-            rows += [Row(str(r.variant), f"{name}_{end}", float(v), "", str(seed)) for end, v in (("low", r.low), ("high", r.high)) if v == v]
+        for r in table.to_dict("records"):
+            name, way = f"{r['metric']}_{animals}", str(r["variant"])
+            rows.append(Row(way, name, float(r["value"]), "grades" if name.startswith(("bias", "width")) else "", str(seed)))
+            rows += [Row(way, f"{name}_{end}", float(r[end]), "", str(seed)) for end in ("low", "high") if r[end] == r[end]]
         rows.append(Row("all", f"seconds_{animals}", time.monotonic() - begin, "s", str(seed)))
         print(table.pivot(index="variant", columns="metric", values="value").round(3).to_string(), flush=True)
     rows += measure_scale(seed=seed) if not only or "scale" in only else []

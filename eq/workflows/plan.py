@@ -6,7 +6,7 @@
 __all__ = ['read_pilot', 'PlanRequest', 'Plan', 'make_plan', 'plot_plan', 'write_plan', 'whole_numbers', 'given_components',
            'command']
 
-# %% ../../nbs/79f_workflows.plan.ipynb #19a1a032
+# %% ../../nbs/79f_workflows.plan.ipynb #d688c571
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +23,7 @@ from ..quantification.calibration import Calibration, calibrate
 from ..quantification.design import Components, Costs, Design, animals_needed, components_of_ratings, components_of_scores, next_step, power_table
 from ..quantification.trial import PROBABILITIES
 
-# %% ../../nbs/79f_workflows.plan.ipynb #24ecd900
+# %% ../../nbs/79f_workflows.plan.ipynb #68008fca
 def read_pilot(
     path: Path,  # CSV of scores or of ratings
     reference: Path | None = None,  # CSV of reference animals: subject, p0 to p3, score
@@ -66,12 +66,12 @@ class Plan:
     needed: pd.DataFrame  # Animals a group for the wanted power, by glomeruli and raters
     advice: str  # Sentences
 
-# %% ../../nbs/79f_workflows.plan.ipynb #adcae45b
+# %% ../../nbs/79f_workflows.plan.ipynb #f9a9a2aa
 def _nearest(request: PlanRequest, needed: pd.DataFrame) -> Design:
     "The design to talk about: enough animals at the middle number of glomeruli, or the largest that was asked about."
     middle = request.glomeruli[len(request.glomeruli) // 2]
-    found = needed[(needed["glomeruli"] == middle) & (needed["raters"] == request.raters[0])]["animals"]
-    animals = int(found.iloc[0]) if len(found) and found.iloc[0] > 0 else max(request.animals)
+    found = [r["animals"] for r in needed.to_dict("records") if (r["glomeruli"], r["raters"]) == (middle, request.raters[0])]
+    animals = int(found[0]) if found[0] > 0 else max(request.animals)
     return Design(animals, middle, request.raters[0])
 
 
@@ -98,7 +98,7 @@ def make_plan(
         words.append(f"The variances come from {request.components.n_animals} animals; low and high are the power at the ends of their 80 % interval.")
     return Plan(table, needed, " ".join(words))
 
-# %% ../../nbs/79f_workflows.plan.ipynb #7ed9fda9
+# %% ../../nbs/79f_workflows.plan.ipynb #99ed97de
 def plot_plan(
     request: PlanRequest,  # What was planned
     table: pd.DataFrame,  # From `make_plan`
@@ -120,17 +120,17 @@ def plot_plan(
     right.legend(fontsize=8, frameon=False)
     return figure
 
-# %% ../../nbs/79f_workflows.plan.ipynb #3615ea6d
+# %% ../../nbs/79f_workflows.plan.ipynb #3ca8a6d3
 def write_plan(
     request: PlanRequest,  # What to plan
     out: Path | None = None,  # Run folder; default a new one below outputs/
     inputs: tuple[Path, ...] = (),  # Files the variances came from
 ) -> tuple[Plan, Path]:  # The plan and its folder
     "Plans, and leaves power.csv, animals.csv, plan.json, power.png and a manifest."
+    plan = make_plan(request)  # before the run: what cannot be planned leaves no folder behind
     with start_run("plan", out, asdict(request)) as run:
         for path in inputs:
             run.add_input(path)
-        plan = make_plan(request)
         for name, table in (("power", plan.table), ("animals", plan.needed)):
             with atomic_write(run.dir / f"{name}.csv") as temp:
                 table.to_csv(temp, index=False)
@@ -163,7 +163,7 @@ def given_components(
         raise EqError("variances are missing; give --pilot FILE, or --between and --within (squared grades)")
     return Components(between, within, rater, model)
 
-# %% ../../nbs/79f_workflows.plan.ipynb #911bf713
+# %% ../../nbs/79f_workflows.plan.ipynb #410f2a20
 def command(
     effect: Annotated[float, typer.Option(help="Difference of mean grades that is worth finding")],  # Grades
     pilot: Annotated[Path | None, typer.Option(help="CSV of a pilot: subject, group and p0..p3, or subject, group, score (id, rater)")] = None,  # File
@@ -183,8 +183,8 @@ def command(
 ) -> None:
     "Power over animals, glomeruli and raters, and whether one more glomerulus or one more animal is the better buy."
     components = read_pilot(pilot, reference, control) if pilot else given_components(between, within, rater, model)
-    counts = [whole_numbers(text, what) for text, what in ((animals, "animals"), (glomeruli, "glomeruli"), (raters, "raters"))]
-    request = PlanRequest(effect, components, *counts, alpha, power, Costs(*cost))
+    counts = {what: whole_numbers(text, what) for what, text in (("animals", animals), ("glomeruli", glomeruli), ("raters", raters))}
+    request = PlanRequest(effect, components, alpha=alpha, power=power, costs=Costs(*cost), **counts)
     plan, folder = write_plan(request, out, tuple(p for p in (pilot, reference) if p))
     about = ", ".join(f"{k} {getattr(components, k):.3f}" for k in ("between", "within", "rater", "model"))
     typer.echo(f"variances: {about}\n\n{plan.table.round(3).to_string(index=False)}\n\nanimals a group for {power:.0%} power (0: more than 10,000):")
