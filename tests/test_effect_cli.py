@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from eq.core.provenance import MANIFEST, _seal, verify_run
 from eq.core.files import read_json, sha256_file, write_json
+from eq.core.provenance import MANIFEST, _seal, verify_run
 from eq.data.cohort import Cohort, save_cohort
 from eq.data.write import write_png
 from eq.workflows.cli import main

@@ -6,7 +6,9 @@
 __all__ = ['GRADES', 'Statistic', 'STATISTICS', 'checked_grades', 'grade_counts', 'kappa_of', 'qwk', 'additive_interval',
            'OrdinalScores', 'ordinal_scores', 'ranked_probability_score']
 
-# %% ../../nbs/05d_core.ordinal.ipynb #8626f643
+# %% ../../nbs/05d_core.ordinal.ipynb #32f8bfae
+# pandas' indexing returns what a type checker cannot follow
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportReturnType=false, reportCallIssue=false
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +20,7 @@ from .registry import EqError
 from .resample import N_DRAWS, few_units_note
 from .results import Interval, Result
 
-# %% ../../nbs/05d_core.ordinal.ipynb #78a32973
+# %% ../../nbs/05d_core.ordinal.ipynb #c9b535fc
 GRADES = (0, 1, 2, 3)
 
 
@@ -34,7 +36,7 @@ def checked_grades(
         raise EqError(f"{what} {list(values)[at]!r} in row {at} is not a grade; valid: {', '.join(map(str, GRADES))}")
     return raw.astype(np.int64)
 
-# %% ../../nbs/05d_core.ordinal.ipynb #2e8596c2
+# %% ../../nbs/05d_core.ordinal.ipynb #19343f9e
 _APART = np.abs(np.subtract.outer(GRADES, GRADES)).astype(float)
 
 
@@ -67,7 +69,7 @@ def qwk(
         raise EqError(f"{len(a)} and {len(b)} grades cannot be compared; both sides need one for each object")
     return float(kappa_of(grade_counts(a, b).sum(0)))
 
-# %% ../../nbs/05d_core.ordinal.ipynb #267d6222
+# %% ../../nbs/05d_core.ordinal.ipynb #b66219b4
 Statistic = Callable[[np.ndarray], np.ndarray]  # summed rows (..., d) to values (...)
 
 
@@ -97,7 +99,7 @@ def additive_interval(
     low, high = np.percentile(good, [50 * (1 - level), 50 * (1 + level)])
     return Interval(estimate, float(low), float(high), level, len(names), method, note)
 
-# %% ../../nbs/05d_core.ordinal.ipynb #a61f8a9a
+# %% ../../nbs/05d_core.ordinal.ipynb #b16e9728
 @dataclass(frozen=True)
 class OrdinalScores(Result):
     "Agreement of predicted grades with a reference, each with an interval over units."
@@ -132,7 +134,7 @@ def ordinal_scores(
     parts = grade_counts(a, b)
     return OrdinalScores(**{k: additive_interval(parts, units, f, n, seed=seed) for k, f in STATISTICS.items()}, n_objects=len(a))
 
-# %% ../../nbs/05d_core.ordinal.ipynb #a89e61c4
+# %% ../../nbs/05d_core.ordinal.ipynb #b1805422
 def ranked_probability_score(
     above: np.ndarray,  # (n, 3), P(grade > k) for k = 0, 1, 2
     grades: np.ndarray,  # (n,) what happened

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['FEATURES', 'TableDesign', 'simulate_table', 'mean_grade', 'true_effect', 'with_effect']
 
-# %% ../../nbs/18k_data.synthetic_table.ipynb #0935f48e
+# %% ../../nbs/18k_data.synthetic_table.ipynb #d63fe881
+# pandas' indexing returns what a type checker cannot follow
+# pyright: reportArgumentType=false
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +18,7 @@ from ..core.registry import EqError
 from .synthetic_kidney import GRADE_EDGES, grade_of, swelling_of
 from .synthetic_raters import logit_of
 
-# %% ../../nbs/18k_data.synthetic_table.ipynb #c2e19d14
+# %% ../../nbs/18k_data.synthetic_table.ipynb #8cf6a342
 @dataclass(frozen=True)
 class TableDesign:
     "A synthetic experiment without images. Effects are on the logit scale of the swelling."
@@ -44,7 +46,7 @@ class TableDesign:
 
 FEATURES = ("open_fraction", "lumen_count", "lumen_area_um2", "nuclear_density", "area_um2", "circularity", "stain_od", "texture")
 
-# %% ../../nbs/18k_data.synthetic_table.ipynb #ddf48cbb
+# %% ../../nbs/18k_data.synthetic_table.ipynb #065a92e7
 def _features(swelling: np.ndarray, animal: np.ndarray, noise: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
     n, z = len(swelling), rng.standard_normal
     day = rng.standard_normal(int(animal.max()) + 1)[animal]  # stain is a matter of the animal
@@ -62,7 +64,7 @@ def _features(swelling: np.ndarray, animal: np.ndarray, noise: float, rng: np.ra
         "texture": 1.0 + 0.2 * day + 0.3 * swelling + 0.3 * z(n),
     }
 
-# %% ../../nbs/18k_data.synthetic_table.ipynb #62970981
+# %% ../../nbs/18k_data.synthetic_table.ipynb #def51869
 def simulate_table(
     design: TableDesign | None = None,  # The experiment
     seed: int = 0,  # Same design and seed, same table
@@ -89,7 +91,7 @@ def simulate_table(
     }
     return pd.DataFrame(known | _features(swelling, animal[section], d.feature_noise, rng))
 
-# %% ../../nbs/18k_data.synthetic_table.ipynb #1bf38e82
+# %% ../../nbs/18k_data.synthetic_table.ipynb #4b33dd57
 def mean_grade(
     design: TableDesign,  # The experiment
     rank: int = 0,  # 0 is the first group

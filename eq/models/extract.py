@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WHY', 'ExtractRequest', 'Extracted', 'printable', 'check_answer', 'extract_weights']
 
-# %% ../../nbs/24_models.extract.ipynb #3b75719c
+# %% ../../nbs/24_models.extract.ipynb #32464ccb
 import math
 import shutil
 import signal
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -24,7 +23,7 @@ from ..core.contain import bare_environment
 from ..core.files import atomic_write, read_json, sha256_file, write_json
 from ..core.registry import EqError
 
-# %% ../../nbs/24_models.extract.ipynb #efa49540
+# %% ../../nbs/24_models.extract.ipynb #2731a51d
 @dataclass(frozen=True)
 class ExtractRequest:
     "Which weights to take out of what."
@@ -51,7 +50,7 @@ class Extracted:
         "Numbers in all tensors."
         return sum(math.prod(shape) for _, shape in self.tensors.values())
 
-# %% ../../nbs/24_models.extract.ipynb #f72de2de
+# %% ../../nbs/24_models.extract.ipynb #eeff83c1
 WHY = ("a pickle is a program that runs when it is opened, and this one makes more than tensors{}. "
        "If you know where it comes from, say --trust-pickle; it is then read in a process without network")
 _CHILD = "import sys; sys.path[:] = sys.argv.pop(1).split('\\n'); from eq.models.unpickle import main; main(*sys.argv[1:])"
@@ -84,7 +83,7 @@ def printable(
     "What may be shown on a terminal."
     return "".join(c if c.isprintable() else " " for c in text)[:most]
 
-# %% ../../nbs/24_models.extract.ipynb #b93b6cfb
+# %% ../../nbs/24_models.extract.ipynb #2a86a4eb
 def check_answer(
     said: dict[str, Any],  # The child's list
     file: Path,  # The child's tensors

@@ -6,12 +6,11 @@
 __all__ = ['CALLS', 'KNOWN', 'GUARDED', 'NAMES', 'Refused', 'Standin', 'Guarded', 'read_guarded', 'module_tensors', 'weights_in',
            'check_tensors', 'read_weights', 'main']
 
-# %% ../../nbs/24b_models.unpickle.ipynb #13756756
+# %% ../../nbs/24b_models.unpickle.ipynb #8bf83ff2
 import io
 import json
 import pickle
 import re
-import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import _utils
 
-# %% ../../nbs/24b_models.unpickle.ipynb #cee78079
+# %% ../../nbs/24b_models.unpickle.ipynb #a1472a3d
 class Refused(Exception):
     "The file is refused; the text says why, in one line."
 
@@ -79,7 +78,7 @@ class Standin:
     def __call__(self, *args: Any, **kwargs: Any) -> "Standin":
         return Standin(*args)
 
-# %% ../../nbs/24b_models.unpickle.ipynb #225fd18a
+# %% ../../nbs/24b_models.unpickle.ipynb #0ed15a6d
 def _tensor(storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> torch.Tensor:
     if not isinstance(storage, torch.storage.TypedStorage):
         raise Refused("a tensor without a storage")
@@ -120,7 +119,7 @@ KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("builtins", "dict"): dict, ("__builtin__", "dict"): dict, ("builtins", "list"): list, ("__builtin__", "list"): list,
 }  # everything that a pickle can call here
 
-# %% ../../nbs/24b_models.unpickle.ipynb #d3f98f3a
+# %% ../../nbs/24b_models.unpickle.ipynb #f6965955
 class Guarded(pickle.Unpickler):  # noqa: S301  the one place where a pickle is read; see above
     "An unpickler that knows what makes tensors, and gives stand-ins for everything else."
 
@@ -156,7 +155,7 @@ def read_guarded(
     file.seek(0)
     return torch.load(file, map_location="cpu", weights_only=False, pickle_module=GUARDED)  # noqa: S614
 
-# %% ../../nbs/24b_models.unpickle.ipynb #2fc73119
+# %% ../../nbs/24b_models.unpickle.ipynb #758913b8
 NAMES = ("model", "state_dict", "model_state_dict", "network_weights", "module", "net", "weights")
 
 
@@ -192,7 +191,7 @@ def weights_in(
     tensors, where = weights_in(inside[names[0]])
     return tensors, f"{where} in {names[0]!r}"
 
-# %% ../../nbs/24b_models.unpickle.ipynb #ddfec7c7
+# %% ../../nbs/24b_models.unpickle.ipynb #070e37e3
 def check_tensors(
     tensors: Mapping[str, torch.Tensor],  # Found
     limit: int,  # Bytes
@@ -226,7 +225,7 @@ def read_weights(
     check_tensors(tensors, 2 * size)
     return tensors, where, how
 
-# %% ../../nbs/24b_models.unpickle.ipynb #633c1b7a
+# %% ../../nbs/24b_models.unpickle.ipynb #9d4ff39a
 def main(
     folder: str,  # The only place to write to
     trust: str,  # "trust" or ""

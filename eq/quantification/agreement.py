@@ -6,7 +6,9 @@
 __all__ = ['COEFFICIENTS', 'DISTANCES', 'checked_ratings', 'rating_matrix', 'Coefficient', 'coincidences', 'alpha_of',
            'quadratic_weights', 'ac2_parts', 'ac2_of', 'icc_parts']
 
-# %% ../../nbs/54_quantification.agreement.ipynb #ca345247
+# %% ../../nbs/54_quantification.agreement.ipynb #9008a1bb
+# pandas' indexing returns what a type checker cannot follow
+# pyright: reportArgumentType=false, reportIndexIssue=false
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +18,7 @@ import pandas as pd
 from ..core.ordinal import GRADES, Statistic, checked_grades
 from ..core.registry import EqError, Registry
 
-# %% ../../nbs/54_quantification.agreement.ipynb #ede96e4b
+# %% ../../nbs/54_quantification.agreement.ipynb #62ecce64
 def checked_ratings(
     ratings: pd.DataFrame,  # Columns id, rater, score
 ) -> pd.DataFrame:  # The same three columns, scores as whole numbers
@@ -40,7 +42,7 @@ def rating_matrix(
     wide = checked_ratings(ratings).pivot(index="id", columns="rater", values="score").astype(float)
     return wide.rename_axis(columns=None)
 
-# %% ../../nbs/54_quantification.agreement.ipynb #e848269b
+# %% ../../nbs/54_quantification.agreement.ipynb #73db008b
 @dataclass(frozen=True)
 class Coefficient:
     "A measure of agreement in two halves."
@@ -71,7 +73,7 @@ def _safe(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
     bottom = np.asarray(bottom, float)
     return np.divide(top, bottom, out=np.full(np.shape(bottom), np.nan), where=np.abs(bottom) > 1e-12)
 
-# %% ../../nbs/54_quantification.agreement.ipynb #45a920f0
+# %% ../../nbs/54_quantification.agreement.ipynb #86c3f164
 def coincidences(
     matrix: np.ndarray,  # (objects, raters), NaN where there is no score
     categories: int = len(GRADES),  # Grades are 0 ... categories - 1
@@ -100,7 +102,7 @@ def _nominal_distance(n: np.ndarray) -> np.ndarray:
 
 DISTANCES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"ordinal": _ordinal_distance, "interval": _interval_distance, "nominal": _nominal_distance}
 
-# %% ../../nbs/54_quantification.agreement.ipynb #e7c772eb
+# %% ../../nbs/54_quantification.agreement.ipynb #3f80d006
 def alpha_of(
     sums: np.ndarray,  # (..., categories**2) summed coincidences
     scale: str = "ordinal",  # A name of DISTANCES
@@ -118,7 +120,7 @@ def alpha_of(
 
 COEFFICIENTS.register("krippendorff_alpha")(Coefficient("Krippendorff's alpha, ordinal (2011)", coincidences, lambda raters: alpha_of))
 
-# %% ../../nbs/54_quantification.agreement.ipynb #0c019936
+# %% ../../nbs/54_quantification.agreement.ipynb #260b5ad0
 def quadratic_weights(
     categories: int = len(GRADES),  # Number of grades
 ) -> np.ndarray:  # (categories, categories), 1 on the diagonal, 0 in the far corners
@@ -153,7 +155,7 @@ def ac2_of(
 
 COEFFICIENTS.register("gwet_ac2")(Coefficient("Gwet's AC2, quadratic weights (2014)", ac2_parts, lambda raters: ac2_of))
 
-# %% ../../nbs/54_quantification.agreement.ipynb #07b670e5
+# %% ../../nbs/54_quantification.agreement.ipynb #9121a810
 def icc_parts(
     matrix: np.ndarray,  # (objects, raters), NaN where there is no score
 ) -> np.ndarray:  # (objects, 3 + raters): 1, squared row sum, sum of squares, scores; 0 where a score is missing

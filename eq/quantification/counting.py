@@ -7,9 +7,9 @@ __all__ = ['GATES', 'STATUSES', 'Verdict', 'RULES', 'SECTION_WEIGHTS', 'CUT', 'K
            'whole_section', 'frame_of', 'counting_frame', 'sphere_weights', 'count_instances', 'LabelledImage',
            'glomeruli_table', 'ledger_of']
 
-# %% ../../nbs/50c_quantification.counting.ipynb #a66e77a8
+# %% ../../nbs/50c_quantification.counting.ipynb #1b558681
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pandas as pd
 from ..core.registry import EqError, Registry
 from .instances import ArrayLabels, LabelImage, instance_table
 
-# %% ../../nbs/50c_quantification.counting.ipynb #be3b7b88
+# %% ../../nbs/50c_quantification.counting.ipynb #006433d2
 GATES = ("accept", "accept-wider", "refuse", "no-gate")  # verdicts of eq.inference.gate
 STATUSES = ("counted", "partial", "excluded")
 
@@ -38,7 +38,7 @@ class CountingRules:
         if not self.min_diameter >= 0 or (self.guard is not None and min(self.guard) < 1):
             raise EqError(f"guard {self.guard} and min_diameter {self.min_diameter} are not valid; expected at least 1 and at least 0")
 
-# %% ../../nbs/50c_quantification.counting.ipynb #f92e859c
+# %% ../../nbs/50c_quantification.counting.ipynb #f47c0d84
 @dataclass(frozen=True)
 class Field:
     "One labelled picture being counted."
@@ -57,7 +57,7 @@ Verdict = tuple[list[str], np.ndarray]  # reason for each profile, empty where i
 RULES: Registry[Callable[[Field], Verdict]] = Registry("counting rule")
 SECTION_WEIGHTS: Registry[Callable[[pd.DataFrame], np.ndarray]] = Registry("section weight")
 
-# %% ../../nbs/50c_quantification.counting.ipynb #88635c4a
+# %% ../../nbs/50c_quantification.counting.ipynb #9c4a78be
 CUT = "cut by the border of the image"
 
 
@@ -80,7 +80,7 @@ def whole_section(
     "Every whole profile of a picture that shows all of the section."
     return [CUT if cut else "" for cut in field.table["touches_border"]], np.ones(len(field.table))
 
-# %% ../../nbs/50c_quantification.counting.ipynb #4f3de439
+# %% ../../nbs/50c_quantification.counting.ipynb #fde6819b
 def frame_of(
     field: Field,  # Being counted
 ) -> tuple[int, int, int, int]:  # top, left, bottom, right of the frame in pixels, the last two just behind it
@@ -99,7 +99,7 @@ def _on(labels: LabelImage, box: tuple[int, int, int, int]) -> set[int]:
     y, x, h, w = box[0], box[1], box[2] - box[0], box[3] - box[1]
     return set(np.unique(labels.read(y, x, h, w)).tolist()) - {0} if h > 0 and w > 0 else set()
 
-# %% ../../nbs/50c_quantification.counting.ipynb #cb60e787
+# %% ../../nbs/50c_quantification.counting.ipynb #60aa18af
 @RULES.register("frame")
 def counting_frame(
     field: Field,  # Being counted
@@ -116,7 +116,7 @@ def counting_frame(
         reasons.append(f"{CUT}: the guard of the frame is too narrow" if not reason and cut else reason)
     return reasons, np.ones(len(reasons))
 
-# %% ../../nbs/50c_quantification.counting.ipynb #155e8bd4
+# %% ../../nbs/50c_quantification.counting.ipynb #e24038a2
 SECTION_WEIGHTS.register("profile")(lambda table: np.ones(len(table)))
 
 
@@ -128,7 +128,7 @@ def sphere_weights(
     diameter = table["eq_diameter_px"].to_numpy(float)
     return diameter.mean() / diameter if len(diameter) else diameter
 
-# %% ../../nbs/50c_quantification.counting.ipynb #3041d77d
+# %% ../../nbs/50c_quantification.counting.ipynb #01016f81
 def count_instances(
     labels: LabelImage | np.ndarray,  # The label image
     table: pd.DataFrame,  # Of `instance_table` on it; may have columns `gate` and `gate_reason`
@@ -151,7 +151,7 @@ def count_instances(
     out.loc[counted, "weight"] = weight[counted] * SECTION_WEIGHTS[rules.section](table.loc[counted])
     return out
 
-# %% ../../nbs/50c_quantification.counting.ipynb #d8a9c42f
+# %% ../../nbs/50c_quantification.counting.ipynb #0fc41abf
 def _refused(table: pd.DataFrame) -> list[str]:
     "Reason from the gate for each row."
     if "gate" not in table:
@@ -170,7 +170,7 @@ def _too_small(table: pd.DataFrame, rules: CountingRules) -> list[str]:
     return [f"too small: {d:.3g} {unit} across, at least {rules.min_diameter:g}" if d < rules.min_diameter and not cut else ""
             for d, cut in zip(size, table["touches_border"], strict=True)]
 
-# %% ../../nbs/50c_quantification.counting.ipynb #d83d29e1
+# %% ../../nbs/50c_quantification.counting.ipynb #d1dcfe81
 KEYS = ("id", "image", "label", "subject", "group", "section")
 
 
@@ -194,7 +194,7 @@ def _gated(table: pd.DataFrame, gate: Mapping[int, tuple[str, str]] | str | None
     verdicts: list[Any] = [(gate, "") if isinstance(gate, str) else gate.get(int(label), ("no-gate", "")) for label in table["label"]]
     return table.assign(gate=[v for v, _ in verdicts], gate_reason=[r for _, r in verdicts])
 
-# %% ../../nbs/50c_quantification.counting.ipynb #2218b1c2
+# %% ../../nbs/50c_quantification.counting.ipynb #cbd7c837
 def glomeruli_table(
     images: list[LabelledImage],  # The cohort
     rules: CountingRules | None = None,  # How sections are counted
@@ -216,7 +216,7 @@ def glomeruli_table(
         parts.append(pd.DataFrame(known, index=table.index).join(table.drop(columns="label")))
     return pd.concat([p for p in parts if len(p)] or parts[:1], ignore_index=True) if parts else pd.DataFrame(columns=list(KEYS[:5]))
 
-# %% ../../nbs/50c_quantification.counting.ipynb #61162feb
+# %% ../../nbs/50c_quantification.counting.ipynb #6970da7c
 def ledger_of(
     table: pd.DataFrame,  # From `glomeruli_table`
 ) -> pd.DataFrame:  # image, subject, found, counted, partial, excluded, estimated (sum of weights); one row an image

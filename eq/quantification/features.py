@@ -6,7 +6,7 @@
 __all__ = ['BUILT_IN', 'NEEDED', 'pick_features', 'feature_units', 'FeatureOptions', 'measure_crop', 'feature_table',
            'feature_columns']
 
-# %% ../../nbs/51_quantification.features.ipynb #d4dd9eb5
+# %% ../../nbs/51_quantification.features.ipynb #740ddd79
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,8 +27,6 @@ from eq.quantification.crop import (
     Feature,
     Measure,
     Picture,
-    Scale,
-    register_measure,
     scale_of,
     white_of_picture,
 )
@@ -43,7 +41,7 @@ from .texture import binary_patterns, co_occurrence
 if TYPE_CHECKING:
     from eq.inference.embed import Encoder
 
-# %% ../../nbs/51_quantification.features.ipynb #db4ca89c
+# %% ../../nbs/51_quantification.features.ipynb #a5fba1cf
 BUILT_IN: tuple[Measure, ...] = (size, shape, glomerulus_stain, tuft_stain, lumens, nuclei, co_occurrence, binary_patterns)
 
 
@@ -70,7 +68,7 @@ def feature_units(
     rows = [(f.column(px_known), f.family, f.unit_of(px_known), f.meaning, f.reference) for f in pick_features(names)]
     return pd.DataFrame(rows, columns=["column", "family", "unit", "meaning", "reference"])
 
-# %% ../../nbs/51_quantification.features.ipynb #808e39ff
+# %% ../../nbs/51_quantification.features.ipynb #cfc63741
 @dataclass(frozen=True)
 class FeatureOptions:
     "How features are measured."
@@ -81,7 +79,7 @@ class FeatureOptions:
     encoder: "Encoder | None" = None  # Adds the columns encoder_000, ...
     threads: int = 1  # Crops measured at once
 
-# %% ../../nbs/51_quantification.features.ipynb #b48f87db
+# %% ../../nbs/51_quantification.features.ipynb #84c3220b
 def measure_crop(
     crop: Crop,  # One glomerulus
     features: Sequence[Feature],  # From `pick_features`
@@ -105,7 +103,7 @@ def measure_crop(
             problems[f"{f.family}: {f.name} is {given[f.measure].get(f.name, 'missing')}"] = None
     return row, "; ".join(problems)
 
-# %% ../../nbs/51_quantification.features.ipynb #81896f11
+# %% ../../nbs/51_quantification.features.ipynb #c1e461d3
 def _source(image: Picture | np.ndarray, labels: LabelImage | np.ndarray, glomeruli: pd.DataFrame, options: FeatureOptions) -> CropSource:
     "Image and labels with the scale of both. Raises EqError where they do not fit, and for an unknown stain."
     picture = ArrayPicture(image) if isinstance(image, np.ndarray) else image
@@ -131,7 +129,7 @@ def _measured(source: CropSource, features: Sequence[Feature], row: dict[str, An
 
 NEEDED = ("id", "label", "top", "left", "bottom", "right", "touches_border", "eq_diameter_px")  # columns of the glomeruli that are measured
 
-# %% ../../nbs/51_quantification.features.ipynb #30d31f7d
+# %% ../../nbs/51_quantification.features.ipynb #d5c7cf83
 def feature_table(
     image: Picture | np.ndarray,  # An opened image, or an array
     labels: LabelImage | np.ndarray,  # Glomeruli, each a number of its own
@@ -156,7 +154,7 @@ def feature_table(
     vectors = encoder_table(source.image, source.labels, glomeruli, options.encoder).drop(columns="id")
     return pd.concat([table.drop(columns="problems"), vectors, table[["problems"]]], axis=1)
 
-# %% ../../nbs/51_quantification.features.ipynb #14616798
+# %% ../../nbs/51_quantification.features.ipynb #1b04bb0f
 def feature_columns(
     table: pd.DataFrame,  # From `feature_table`
 ) -> list[str]:  # Names of the columns that hold numbers

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['GradeQuality', 'grade_quality', 'GradeResult', 'grade_data', 'grade_glomeruli']
 
-# %% ../../nbs/53_quantification.grade.ipynb #d392db24
+# %% ../../nbs/53_quantification.grade.ipynb #c4adf347
+# pandas' indexing returns what a type checker cannot follow
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ from .conformal import SetScores, score_sets
 from .grade_model import GradeOptions, GradingData, fit_grader, grading_data, score_table, subject_folds
 from .raters import consensus
 
-# %% ../../nbs/53_quantification.grade.ipynb #a97cd797
+# %% ../../nbs/53_quantification.grade.ipynb #b50cde7f
 @dataclass(frozen=True)
 class GradeQuality:
     "Grades and sets against a reference, with intervals over animals."
@@ -41,7 +43,7 @@ def grade_quality(
     truth = known.loc[rows["id"]].to_numpy()
     return GradeQuality(ordinal_scores(truth, rows["grade"], rows["subject"], seed=seed), score_sets(rows, truth, rows["subject"], seed=seed))
 
-# %% ../../nbs/53_quantification.grade.ipynb #778a5283
+# %% ../../nbs/53_quantification.grade.ipynb #e86dda7f
 @dataclass(frozen=True)
 class GradeResult:
     "Grades of every glomerulus, how good they are, and how they were made."

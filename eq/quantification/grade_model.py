@@ -6,7 +6,9 @@
 __all__ = ['SCORE_COLUMNS', 'GradingData', 'usable_features', 'grading_data', 'subject_folds', 'GradeOptions', 'FittedGrader',
            'fit_grader', 'score_table']
 
-# %% ../../nbs/53f_quantification.grade_model.ipynb #2fd6dc6a
+# %% ../../nbs/53f_quantification.grade_model.ipynb #5983399b
+# pandas' indexing returns what a type checker cannot follow
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportReturnType=false
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +24,7 @@ from .conformal import SetRule, calibrate_sets, median_grade, prediction_sets
 from .grader import GRADERS, STEPS, Examples, Grader, directions_of, grade_chances
 from .raters import consensus
 
-# %% ../../nbs/53f_quantification.grade_model.ipynb #d95e4690
+# %% ../../nbs/53f_quantification.grade_model.ipynb #849867c4
 @dataclass(frozen=True)
 class GradingData:
     "Glomeruli with features, animals and scores; made by `grading_data`."
@@ -53,7 +55,7 @@ class GradingData:
         x = self.features.loc[ids].to_numpy(float)
         return Examples(x, self.ratings["score"].to_numpy(), weight, directions_of(list(self.features.columns)))
 
-# %% ../../nbs/53f_quantification.grade_model.ipynb #6ba7a1f4
+# %% ../../nbs/53f_quantification.grade_model.ipynb #70755c3a
 def usable_features(
     features: pd.DataFrame,  # From `eq.quantification.features.feature_table`: id, numbers with NaN, `problems`
     most: float = 0.2,  # A column with a larger share of NaN is left out
@@ -71,7 +73,7 @@ def usable_features(
         out.append(("glomerulus", str(i), str(said[i]) or f"no value for {empty}"))
     return kept[whole], pd.DataFrame(out, columns=["what", "name", "reason"])
 
-# %% ../../nbs/53f_quantification.grade_model.ipynb #7e878054
+# %% ../../nbs/53f_quantification.grade_model.ipynb #7fb7848a
 def grading_data(
     features: pd.DataFrame,  # One row a glomerulus: index or column `id`, float columns
     glomeruli: pd.DataFrame,  # Columns id, subject, and group where known
@@ -100,7 +102,7 @@ def grading_data(
     group = rows["group"].fillna("").astype(str) if "group" in rows.columns else pd.Series("", index=rows.index)
     return GradingData(table.astype(float), rows["subject"].astype(str), group, scored)
 
-# %% ../../nbs/53f_quantification.grade_model.ipynb #3a387e78
+# %% ../../nbs/53f_quantification.grade_model.ipynb #e56f966f
 def subject_folds(
     data: GradingData,  # Scored glomeruli
     k: int,  # Wanted number of folds; fewer where there are fewer animals
@@ -116,7 +118,7 @@ def subject_folds(
     order = sorted(range(len(names)), key=lambda i: (group.iloc[i], round(float(score.iloc[i]), 6), luck[i]))
     return {names[i]: place % min(k, len(names)) for place, i in enumerate(order)}
 
-# %% ../../nbs/53f_quantification.grade_model.ipynb #b077c10c
+# %% ../../nbs/53f_quantification.grade_model.ipynb #323a246d
 @dataclass(frozen=True)
 class GradeOptions:
     "How grading is done."
@@ -149,7 +151,7 @@ class FittedGrader:
             raise EqError(f"features {missing} are missing; the grader learned {list(self.features)}")
         return self.correct(self.grader.above(features[list(self.features)].to_numpy(float)))
 
-# %% ../../nbs/53f_quantification.grade_model.ipynb #3cc445e0
+# %% ../../nbs/53f_quantification.grade_model.ipynb #f787d573
 def _inner_chances(data: GradingData, folds: dict[str, int], kind: str, params: dict[str, Any], seed: int) -> np.ndarray:
     "(glomeruli, 3) chances of each glomerulus from a model that had not seen its animal."
     fold = data.subjects.map(folds).to_numpy(float)
@@ -185,7 +187,7 @@ def fit_grader(
     correct = CALIBRATORS[calibrator](above[place], grades, weight)
     return FittedGrader(kind.make(**params).fit(data.examples(), o.seed), correct, rule, tuple(map(str, data.features.columns)), chosen)
 
-# %% ../../nbs/53f_quantification.grade_model.ipynb #e89a976b
+# %% ../../nbs/53f_quantification.grade_model.ipynb #2455d24d
 SCORE_COLUMNS = ("id", "subject", "group", *(f"p{g}" for g in GRADES), "grade", "expected", "low", "high", "set_size", "abstained", "reason")
 
 

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['consensus', 'add_rater', 'pair_table', 'bias_table', 'Agreement', 'agree']
 
-# %% ../../nbs/54b_quantification.raters.ipynb #1f18aa10
+# %% ../../nbs/54b_quantification.raters.ipynb #22295ee3
+# pandas' indexing returns what a type checker cannot follow
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -19,7 +21,7 @@ from ..core.resample import N_DRAWS
 from ..core.results import Interval
 from .agreement import COEFFICIENTS, checked_ratings, rating_matrix
 
-# %% ../../nbs/54b_quantification.raters.ipynb #adea953d
+# %% ../../nbs/54b_quantification.raters.ipynb #e5f81ec9
 def consensus(
     ratings: pd.DataFrame,  # Columns id, rater, score
 ) -> pd.Series:  # Index id, median score as int
@@ -40,7 +42,7 @@ def add_rater(
     more = pd.DataFrame({"id": grades.index.astype(str), "rater": name, "score": grades.to_numpy()})
     return checked_ratings(pd.concat([table, more], ignore_index=True))
 
-# %% ../../nbs/54b_quantification.raters.ipynb #64a96ea6
+# %% ../../nbs/54b_quantification.raters.ipynb #b64b965f
 def _row(found: Interval | None, note: str) -> dict[str, float | str]:
     if found is None:
         return {"estimate": np.nan, "low": np.nan, "high": np.nan, "note": note}
@@ -67,7 +69,7 @@ def pair_table(
         rows.append(row | _row(found, one))
     return pd.DataFrame(rows, columns=["rater_a", "rater_b", "n_objects", "estimate", "low", "high", "note"])
 
-# %% ../../nbs/54b_quantification.raters.ipynb #ad2979d4
+# %% ../../nbs/54b_quantification.raters.ipynb #02f6955a
 def _mean(sums: np.ndarray) -> np.ndarray:
     count = np.asarray(sums[..., 1], float)
     return np.divide(sums[..., 0], count, out=np.full(np.shape(count), np.nan), where=count > 0)
@@ -93,7 +95,7 @@ def bias_table(
         rows.append(row | _row(additive_interval(parts, subjects.loc[shift.index], _mean, n, seed=seed), ""))
     return pd.DataFrame(rows, columns=["rater", "n_scored", "mean_score", "n_objects", "estimate", "low", "high", "note"])
 
-# %% ../../nbs/54b_quantification.raters.ipynb #a6f2fc89
+# %% ../../nbs/54b_quantification.raters.ipynb #873deff0
 @dataclass(frozen=True)
 class Agreement:
     "What can be said about the raters. People among themselves; the model appears in `pairs` and `bias` only."
@@ -125,7 +127,7 @@ def _pair_parts(values: np.ndarray) -> np.ndarray:
         out.append(grade_counts(a, b) * both[:, None])
     return np.concatenate(out, 1)
 
-# %% ../../nbs/54b_quantification.raters.ipynb #6e9b2ef4
+# %% ../../nbs/54b_quantification.raters.ipynb #34e8de30
 def _summary(matrix: pd.DataFrame, subjects: pd.Series, n: int, seed: int) -> pd.DataFrame:
     values, k = matrix.to_numpy(float), matrix.shape[1]
     shared, whole = (np.isfinite(values).sum(1) > 1), np.isfinite(values).all(1)

@@ -6,7 +6,9 @@
 __all__ = ['Labels', 'TRUE_COLUMNS', 'VARIANTS', 'GradeCase', 'table_case', 'painted_case', 'interval_rows', 'steps_up',
            'grade_rows', 'network_labels', 'feature_measure', 'bench_grade']
 
-# %% ../../nbs/77h_workflows.bench_grade.ipynb #f6350869
+# %% ../../nbs/77h_workflows.bench_grade.ipynb #cc79ead7
+# pandas' indexing returns what a type checker cannot follow
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportReturnType=false
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import read_json
-from ..core.objects import label_objects, match_objects
+from ..core.objects import match_objects
 from ..core.paths import outputs_root
 from ..core.results import Interval
 from ..data.cohort import load_cohort
@@ -29,9 +31,9 @@ from ..quantification.grade_model import GradeOptions, grading_data
 from ..quantification.instances import instance_table
 from ..quantification.raters import agree
 from .bench import Row, Sitting
-from .bench_sclerosis import Measure, sclerosis_rows, size_and_stain, whole_columns
+from .bench_sclerosis import Measure, sclerosis_rows, whole_columns
 
-# %% ../../nbs/77h_workflows.bench_grade.ipynb #4e541617
+# %% ../../nbs/77h_workflows.bench_grade.ipynb #d1910156
 Labels = Callable[[np.ndarray, str], np.ndarray]  # (rgb, image stem) to (H, W) int labels
 TRUE_COLUMNS = ("id", "subject", "group", "swelling", "grade")
 
@@ -55,7 +57,7 @@ def table_case(
     table = simulate_table(TableDesign(animals=animals), seed)
     return GradeCase("table", table.set_index("id")[list(FEATURES)], table[list(TRUE_COLUMNS)])
 
-# %% ../../nbs/77h_workflows.bench_grade.ipynb #ce757ec6
+# %% ../../nbs/77h_workflows.bench_grade.ipynb #cd88a0b5
 def painted_case(
     cohort: Path,  # cohort.csv of `eq.data.synthetic.write_kidney_design`
     labels: Labels,  # How glomeruli are outlined
@@ -84,7 +86,7 @@ def painted_case(
         rows += [(f"{stem}#{p}", field["subject"], field["group"], s, g) for (p, _), s, g in zip(inside, told["swelling"], told["grade"], strict=True)]
     return GradeCase(name, whole_columns(pd.concat(features).rename_axis("id")), pd.DataFrame(rows, columns=list(TRUE_COLUMNS)), missed, invented)
 
-# %% ../../nbs/77h_workflows.bench_grade.ipynb #0d418123
+# %% ../../nbs/77h_workflows.bench_grade.ipynb #ddab15e9
 def interval_rows(
     variant: str,  # What was measured
     found: dict[str, Interval],  # Metric to interval
@@ -109,7 +111,7 @@ def steps_up(
 
 
 
-# %% ../../nbs/77h_workflows.bench_grade.ipynb #03afda00
+# %% ../../nbs/77h_workflows.bench_grade.ipynb #fa5f9a82
 def grade_rows(
     case: GradeCase,  # Glomeruli with features and truth
     options: GradeOptions,  # How to grade
@@ -135,7 +137,7 @@ def grade_rows(
     found |= {k: getattr(real.sets, k) for k in ("coverage", "answered_coverage", "mean_size", "abstained")}
     return interval_rows(variant, found, str(seed)) + [Row(variant, k, round(v, 4), seed=str(seed)) for k, v in values.items()]
 
-# %% ../../nbs/77h_workflows.bench_grade.ipynb #46129363
+# %% ../../nbs/77h_workflows.bench_grade.ipynb #b7b2dca8
 def network_labels(
     folder: Path,  # A checkpoint
 ) -> Labels:  # Predicted outlines

@@ -6,7 +6,9 @@
 __all__ = ['SIZE', 'STAIN', 'Measure', 'FEWEST_SLIDES', 'size_and_stain', 'auroc_interval', 'share_error', 'SclerosisCase',
            'both_kinds', 'sclerosis_cases', 'sclerosis_chance', 'whole_columns', 'sclerosis_rows']
 
-# %% ../../nbs/77ha_workflows.bench_sclerosis.ipynb #0c568ed2
+# %% ../../nbs/77ha_workflows.bench_sclerosis.ipynb #aa0f276a
+# pandas' indexing returns what a type checker cannot follow
+# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportReturnType=false, reportOperatorIssue=false
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +29,7 @@ from ..quantification.grade_model import GradeOptions, GradingData
 from ..quantification.instances import instance_table
 from .bench import Row
 
-# %% ../../nbs/77ha_workflows.bench_sclerosis.ipynb #38dd8264
+# %% ../../nbs/77ha_workflows.bench_sclerosis.ipynb #87df5c25
 SIZE = ("area_px2", "eq_diameter_px")
 STAIN = ("od_red", "od_green", "od_blue", "od_spread")
 
@@ -46,7 +48,7 @@ def size_and_stain(
         out[name] = ndimage.mean(density[..., i], labels, at)
     return out.assign(od_spread=ndimage.standard_deviation(density.mean(2), labels, at))
 
-# %% ../../nbs/77ha_workflows.bench_sclerosis.ipynb #aa2d2f37
+# %% ../../nbs/77ha_workflows.bench_sclerosis.ipynb #2da79993
 def auroc_interval(
     chance: np.ndarray,  # (n,) predicted chance
     positive: np.ndarray,  # (n,) bool
@@ -80,7 +82,7 @@ def share_error(
     table = pd.DataFrame({"unit": list(units), "p": np.asarray(chance, float), "y": np.asarray(positive, float)}).groupby("unit").mean()
     return bootstrap_interval(100 * (table["p"] - table["y"]).abs(), table.index)
 
-# %% ../../nbs/77ha_workflows.bench_sclerosis.ipynb #1c7f3de0
+# %% ../../nbs/77ha_workflows.bench_sclerosis.ipynb #b3920ffe
 @dataclass(frozen=True)
 class SclerosisCase:
     "Glomeruli of one stain."
@@ -127,7 +129,7 @@ def sclerosis_cases(
         cases.append(SclerosisCase(stain, features, slides, pd.concat([k for _, _, k in found])))
     return cases
 
-# %% ../../nbs/77ha_workflows.bench_sclerosis.ipynb #283e4ffe
+# %% ../../nbs/77ha_workflows.bench_sclerosis.ipynb #a39f1594
 def sclerosis_chance(
     case: SclerosisCase,  # Glomeruli of one stain
     features: list[str],  # Which features may be seen

@@ -7,7 +7,7 @@ __all__ = ['SHARES', 'STARTS', 'NETWORK', 'SOURCES', 'MITO_TIMES', 'fewer_labels
            'from_scratch', 'from_imagenet', 'from_painted', 'train_and_score', 'verdict', 'transfer_rows',
            'bench_transfer']
 
-# %% ../../nbs/77k_workflows.bench_transfer.ipynb #0af09be0
+# %% ../../nbs/77k_workflows.bench_transfer.ipynb #06547173
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from ..core.config import load_config
 from ..core.paths import outputs_root
@@ -28,7 +27,7 @@ from .bench_segment import Scored, difference_rows, score_case, summary_rows
 from .bench_variants import Case
 from .train import TrainRequest, train_segmentation
 
-# %% ../../nbs/77k_workflows.bench_transfer.ipynb #32ecc29a
+# %% ../../nbs/77k_workflows.bench_transfer.ipynb #ba70c06c
 SHARES = (0.05, 0.10, 0.25, 1.0)
 
 
@@ -52,7 +51,7 @@ def shares_of(
     "Shares that are different trainings."
     return list({max(1, math.ceil(s * n - 1e-9)): s for s in shares}.values())
 
-# %% ../../nbs/77k_workflows.bench_transfer.ipynb #76f9a233
+# %% ../../nbs/77k_workflows.bench_transfer.ipynb #8598b2cc
 @dataclass(frozen=True)
 class Beginning:
     "What a start hands to a training."
@@ -103,7 +102,7 @@ def from_painted(
     glom = load_config().glom
     return Beginning(values=(*_network(), ("rehearsal", glom.rehearsal or 0.3), ("painted", glom.painted or 0.4)))
 
-# %% ../../nbs/77k_workflows.bench_transfer.ipynb #30cbf344
+# %% ../../nbs/77k_workflows.bench_transfer.ipynb #0035713c
 def train_and_score(
     case: Case,  # Split with fewer labels, seed, minutes, folder
     name: str,  # The variant, for example "mito 25 %"
@@ -133,7 +132,7 @@ def verdict(
         said.append(f"at {share} of the labels it {word} ({e['']:+.3f} Dice, {e['_low']:+.3f} to {e['_high']:+.3f})")
     return f"{source}, start from mitochondria against scratch: " + "; ".join(said) + "."
 
-# %% ../../nbs/77k_workflows.bench_transfer.ipynb #aa4df6b8
+# %% ../../nbs/77k_workflows.bench_transfer.ipynb #24ea0375
 SOURCES = {"glom_pas": "em_vnc", "synthetic_kidney": "synthetic_em"}  # glomeruli, and the mitochondria that are learned first
 MITO_TIMES = 4  # the mitochondria network trains this many times as long as a glomerulus network: its cost is paid once
 

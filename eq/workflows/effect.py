@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REPORT', 'OPTIONS', 'found_numbers', 'make_study', 'stands', 'command']
 
-# %% ../../nbs/75f_workflows.effect.ipynb #2d4b1548
+# %% ../../nbs/75f_workflows.effect.ipynb #29f21b1e
 from dataclasses import asdict
 from inspect import Parameter
 from pathlib import Path
@@ -17,7 +17,7 @@ import eq.workflows.study_checks  # noqa: F401  # registers its stages behind th
 from ..core.files import plain
 from ..core.provenance import Run, start_run
 from ..core.registry import EqError
-from ..data.cohort import Cohort, load_cohort, save_cohort
+from ..data.cohort import Cohort, load_cohort
 from ..models.checkpoint import META, WEIGHTS, checkpoint_folder
 from ..quantification.counting import RULES
 from ..quantification.grader import GRADERS
@@ -27,7 +27,7 @@ from .stages import Study, run_stages
 from .study import StudyOptions
 from .study_report import study_report
 
-# %% ../../nbs/75f_workflows.effect.ipynb #e4b9447b
+# %% ../../nbs/75f_workflows.effect.ipynb #0dfd37aa
 REPORT = "report.html"
 
 
@@ -94,7 +94,7 @@ def stands(
     leaks = study.results.get("leaks")
     return "effects" in study.results and leaks is not None and not leaks.fatal
 
-# %% ../../nbs/75f_workflows.effect.ipynb #d8a39799
+# %% ../../nbs/75f_workflows.effect.ipynb #ea26d8ba
 OPTIONS = {
     "cohort": (Path, Parameter.empty, typer.Argument(help="CSV of images with subject and group, one row an image")),
     "model": (Path, Parameter.empty, typer.Option(help="Checkpoint folder that segments glomeruli")),

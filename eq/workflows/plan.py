@@ -6,7 +6,7 @@
 __all__ = ['read_pilot', 'PlanRequest', 'Plan', 'make_plan', 'plot_plan', 'write_plan', 'whole_numbers', 'given_components',
            'command']
 
-# %% ../../nbs/79f_workflows.plan.ipynb #d688c571
+# %% ../../nbs/79f_workflows.plan.ipynb #c8f16c9e
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,11 +19,11 @@ from matplotlib.figure import Figure
 from ..core.files import atomic_write, write_json
 from ..core.provenance import start_run
 from ..core.registry import EqError
-from ..quantification.calibration import Calibration, calibrate
+from ..quantification.calibration import calibrate
 from ..quantification.design import Components, Costs, Design, animals_needed, components_of_ratings, components_of_scores, next_step, power_table
 from ..quantification.trial import PROBABILITIES
 
-# %% ../../nbs/79f_workflows.plan.ipynb #68008fca
+# %% ../../nbs/79f_workflows.plan.ipynb #27a52f54
 def read_pilot(
     path: Path,  # CSV of scores or of ratings
     reference: Path | None = None,  # CSV of reference animals: subject, p0 to p3, score
@@ -66,7 +66,7 @@ class Plan:
     needed: pd.DataFrame  # Animals a group for the wanted power, by glomeruli and raters
     advice: str  # Sentences
 
-# %% ../../nbs/79f_workflows.plan.ipynb #f9a9a2aa
+# %% ../../nbs/79f_workflows.plan.ipynb #9ed37c50
 def _nearest(request: PlanRequest, needed: pd.DataFrame) -> Design:
     "The design to talk about: enough animals at the middle number of glomeruli, or the largest that was asked about."
     middle = request.glomeruli[len(request.glomeruli) // 2]
@@ -98,7 +98,7 @@ def make_plan(
         words.append(f"The variances come from {request.components.n_animals} animals; low and high are the power at the ends of their 80 % interval.")
     return Plan(table, needed, " ".join(words))
 
-# %% ../../nbs/79f_workflows.plan.ipynb #99ed97de
+# %% ../../nbs/79f_workflows.plan.ipynb #7e634b73
 def plot_plan(
     request: PlanRequest,  # What was planned
     table: pd.DataFrame,  # From `make_plan`
@@ -120,7 +120,7 @@ def plot_plan(
     right.legend(fontsize=8, frameon=False)
     return figure
 
-# %% ../../nbs/79f_workflows.plan.ipynb #3ca8a6d3
+# %% ../../nbs/79f_workflows.plan.ipynb #cafbc5cb
 def write_plan(
     request: PlanRequest,  # What to plan
     out: Path | None = None,  # Run folder; default a new one below outputs/
@@ -163,7 +163,7 @@ def given_components(
         raise EqError("variances are missing; give --pilot FILE, or --between and --within (squared grades)")
     return Components(between, within, rater, model)
 
-# %% ../../nbs/79f_workflows.plan.ipynb #410f2a20
+# %% ../../nbs/79f_workflows.plan.ipynb #53cf085d
 def command(
     effect: Annotated[float, typer.Option(help="Difference of mean grades that is worth finding")],  # Grades
     pilot: Annotated[Path | None, typer.Option(help="CSV of a pilot: subject, group and p0..p3, or subject, group, score (id, rater)")] = None,  # File

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLES', 'PIXELS', 'PLACES', 'Replay', 'REPLAYS', 'check_receipts', 'compare_studies', 'replay_effect', 'replay']
 
-# %% ../../nbs/79d_workflows.replay.ipynb #a12a95c6
+# %% ../../nbs/79d_workflows.replay.ipynb #0e4057c6
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,10 +16,9 @@ from ..core.logs import Logger
 from ..core.provenance import BrokenLink
 from ..core.receipts import COLUMN, Receipts, check_book, check_table, differences, read_stamped
 from ..core.registry import EqError, Registry
-from .effect import REPORT
 from .stages import Study, run_stages
 
-# %% ../../nbs/79d_workflows.replay.ipynb #d70afef9
+# %% ../../nbs/79d_workflows.replay.ipynb #986a4f03
 TABLES = {"predictions": "image", "glomeruli": "id", "features": "id", "ratings": "rating", "grades": "id", "effect": "effect", "sensitivity": "what"}
 
 
@@ -35,7 +34,7 @@ def check_receipts(
         elif lost := [r for r in book if r.kind == name]:
             yield BrokenLink(f"{name}.csv", f"{len(lost)} rows", "missing")
 
-# %% ../../nbs/79d_workflows.replay.ipynb #140cdb1b
+# %% ../../nbs/79d_workflows.replay.ipynb #475aa5f4
 PIXELS = ("image", "model", "crop", "mask")
 PLACES = ("folder", "seconds", "note", COLUMN)  # differ from run to run and mean nothing
 

@@ -7,18 +7,18 @@ __all__ = ['StudyOptions', 'study_options', 'options_of', 'the_cohort', 'predict
            'glomeruli_stage', 'feature_stage', 'rating_stage', 'grade_stage', 'agreement_stage', 'calibration_of',
            'effect_stage']
 
-# %% ../../nbs/75c_workflows.study.ipynb #f70532d6
+# %% ../../nbs/75c_workflows.study.ipynb #d355e146
 # pandas' indexing returns what a type checker cannot follow
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ..core.files import plain, sha256_array, sha256_bytes, sha256_path
+from ..core.files import sha256_array, sha256_bytes, sha256_path
 from ..core.registry import EqError
 from ..data.cohort import Cohort, load_cohort
 from ..data.io import Image, open_image
@@ -39,7 +39,7 @@ from .predict import PredictRequest, predict_images
 from .stages import Study, add_stage, keep_table
 from .train import common_px_size
 
-# %% ../../nbs/75c_workflows.study.ipynb #a03f98c6
+# %% ../../nbs/75c_workflows.study.ipynb #d48525c2
 @dataclass(frozen=True)
 class StudyOptions:
     "Everything that decides the result of a study."
@@ -80,7 +80,7 @@ def the_cohort(
         study.results["cohort"] = cohort
     return study.results["cohort"]
 
-# %% ../../nbs/75c_workflows.study.ipynb #dcb640c0
+# %% ../../nbs/75c_workflows.study.ipynb #3f98d8aa
 def _done(study: Study) -> list[dict[str, Any]]:
     "Rows of the prediction summary for images that were segmented."
     return [r for r in records(study.tables["predictions"]) if r["status"] == "done"]
@@ -106,7 +106,7 @@ def predict_stage(
     by_path = {str(Path(k).resolve()): v for k, v in hashes.items()}
     keep_table(study, "predictions", table, [[by_path[str(Path(i).resolve())], weights] for i in table["image"]], "image")
 
-# %% ../../nbs/75c_workflows.study.ipynb #00259224
+# %% ../../nbs/75c_workflows.study.ipynb #749a4d85
 def _trained_on(model: str) -> Cohort | None:
     "Training images of a checkpoint that are still there."
     parts = read_meta(checkpoint_folder(model)).data.get("parts", {})
@@ -128,7 +128,7 @@ def leak_stage(
     if report.fatal:
         study.note(f"{len(report.fatal)} leaks: {report.summary()}")
 
-# %% ../../nbs/75c_workflows.study.ipynb #745b5454
+# %% ../../nbs/75c_workflows.study.ipynb #2daaf3b8
 def _people(study: Study) -> dict[str, dict[str, Any]]:
     "Cohort rows by resolved image path."
     return {str(Path(r["image"]).resolve()): r for r in records(the_cohort(study).table)}
@@ -181,7 +181,7 @@ def glomeruli_stage(
     if "area_um2" not in table:
         study.note("pixel size unknown: areas are in px2")
 
-# %% ../../nbs/75c_workflows.study.ipynb #e104f549
+# %% ../../nbs/75c_workflows.study.ipynb #faa6bae3
 @add_stage("features", needs=("glomeruli",))
 def feature_stage(
     study: Study,  # In the making
@@ -202,7 +202,7 @@ def feature_stage(
     if len(troubled):
         study.note(f"{len(troubled)} of {len(made)} glomeruli have features that could not be measured, the first {troubled['id'].iloc[0]}: {troubled['problems'].iloc[0]}")
 
-# %% ../../nbs/75c_workflows.study.ipynb #27bcc301
+# %% ../../nbs/75c_workflows.study.ipynb #8b122484
 def _given_ratings(study: Study) -> pd.DataFrame:
     "The sheet, or the scores of the cohort. Raises EqError where there is neither."
     o = options_of(study)
@@ -233,7 +233,7 @@ def rating_stage(
     if len(placed.unplaced):
         study.note(placed.summary())
 
-# %% ../../nbs/75c_workflows.study.ipynb #e923c709
+# %% ../../nbs/75c_workflows.study.ipynb #9fb22c71
 @add_stage("grades", needs=("features", "ratings"))
 def grade_stage(
     study: Study,  # In the making
@@ -256,7 +256,7 @@ def grade_stage(
     scores = result.scores.assign(weight=glomeruli.loc[result.scores["id"], "weight"].to_numpy())
     keep_table(study, "grades", scores, [[receipt[i], grader] for i in scores["id"]])
 
-# %% ../../nbs/75c_workflows.study.ipynb #5d7fb8f7
+# %% ../../nbs/75c_workflows.study.ipynb #d0310664
 @add_stage("agreement", needs=("ratings",))
 def agreement_stage(
     study: Study,  # In the making
@@ -269,7 +269,7 @@ def agreement_stage(
     for text in found.notes:
         study.note(text)
 
-# %% ../../nbs/75c_workflows.study.ipynb #fb750e8f
+# %% ../../nbs/75c_workflows.study.ipynb #79278f7d
 def calibration_of(
     study: Study,  # With grades and ratings
 ) -> Calibration | None:  # None where it cannot be read; the study then notes why
