@@ -7,7 +7,7 @@ __all__ = ['GRID', 'SIDE', 'FLAT', 'ACCEPT', 'WARN', 'REFUSE', 'FIGURES', 'LEAST
            'Quality', 'sample_windows', 'focus_of', 'measure_quality', 'Reference', 'reference_of', 'contrast_rule',
            'tissue_rule', 'clipped_rule', 'focus_rule', 'stain_rule', 'px_size_rule', 'quality_table', 'judge']
 
-# %% ../../nbs/12g_data.quality.ipynb #020ea07d
+# %% ../../nbs/12g_data.quality.ipynb #0a896ef6
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
@@ -20,7 +20,7 @@ from .cohort import Cohort
 from .io import Image, open_image
 from .tissue import find_tissue
 
-# %% ../../nbs/12g_data.quality.ipynb #df861873
+# %% ../../nbs/12g_data.quality.ipynb #c27e00ea
 @dataclass(frozen=True)
 class Quality:
     "Figures of one image."
@@ -57,7 +57,7 @@ def focus_of(
         return float("nan")
     return float(np.log10((cv2.Laplacian(grey, cv2.CV_32F).var() + 1e-3) / (grey.var() + 1)))
 
-# %% ../../nbs/12g_data.quality.ipynb #9dd0172b
+# %% ../../nbs/12g_data.quality.ipynb #6faaa124
 def measure_quality(
     image: Image,  # An opened image
 ) -> Quality:  # Its figures
@@ -65,8 +65,7 @@ def measure_quality(
     windows = list(sample_windows(image))
     pixels = np.concatenate([w.reshape(-1, 3) for w in windows])
     grey = pixels.mean(1)
-    shown = [w for w in windows if (w.min(2) < 215).mean() > 0.3] or windows  # glass is smooth, and not out of focus
-    sharp = [f for f in map(focus_of, shown) if np.isfinite(f)]
+    sharp = [f for f in map(focus_of, windows) if np.isfinite(f)]
     dense = -np.log10((pixels.astype(np.float32) + 1) / 256)
     stained = dense[dense.mean(1) > 0.05]  # paler than that is glass
     density = stained.mean(0, dtype=np.float64) if len(stained) else np.zeros(3)
@@ -74,7 +73,7 @@ def measure_quality(
     share = 1 - find_tissue(image).glass_share
     return Quality(float(np.median(sharp)) if sharp else float("nan"), clipped, float(grey.std()), share, *(float(d) for d in density))
 
-# %% ../../nbs/12g_data.quality.ipynb #eca03ccf
+# %% ../../nbs/12g_data.quality.ipynb #565c62f1
 ACCEPT, WARN, REFUSE = "accept", "warn", "refuse"
 FIGURES = tuple(Quality.__dataclass_fields__)
 LEAST_SPREAD = {"focus": 0.1, "density_red": 0.03, "density_green": 0.03, "density_blue": 0.03}  # below it, a cohort is called uniform
@@ -111,7 +110,7 @@ def reference_of(
     spread = {f: max(1.4826 * float(np.median(abs(columns[f] - middle[f]))) if len(columns[f]) else 0.0, LEAST_SPREAD.get(f, 1e-6)) for f in FIGURES}
     return Reference(middle, spread, size if np.isfinite(size) else None)
 
-# %% ../../nbs/12g_data.quality.ipynb #4e4efa83
+# %% ../../nbs/12g_data.quality.ipynb #5fd60fbf
 Finding = tuple[str, str]  # a verdict and its reason
 Rule = Callable[[dict, Reference], Finding | None]
 RULES: Registry[Rule] = Registry("quality rule")
@@ -164,7 +163,7 @@ def focus_rule(
         return REFUSE, f"out of focus: {10**loss:.0f} times less fine detail than usual"
     return (WARN, f"soft: {10**loss:.1f} times less fine detail than usual") if loss > 0.45 and loss > 3 * reference.spread["focus"] else None
 
-# %% ../../nbs/12g_data.quality.ipynb #5517a483
+# %% ../../nbs/12g_data.quality.ipynb #3e302515
 @RULES.register("stain")
 def stain_rule(
     row: dict,  # Figures of one image
@@ -196,7 +195,7 @@ def px_size_rule(
         return REFUSE, f"pixel size {size:g} um where {reference.px_size_um:g} is usual: nm for um, or another magnification?"
     return (WARN, f"pixel size {size:g} um where {reference.px_size_um:g} is usual") if not 1 / 1.5 < ratio < 1.5 else None
 
-# %% ../../nbs/12g_data.quality.ipynb #f794b486
+# %% ../../nbs/12g_data.quality.ipynb #0c52ba95
 def quality_table(
     cohort: Cohort,  # Images; masks are not looked at
     progress: Callable[[int], object] = lambda n: None,  # Told of each image
