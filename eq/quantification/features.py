@@ -6,12 +6,12 @@
 __all__ = ['BUILT_IN', 'NEEDED', 'pick_features', 'feature_units', 'FeatureOptions', 'measure_crop', 'feature_table',
            'feature_columns']
 
-# %% ../../nbs/51_quantification.features.ipynb #740ddd79
+# %% ../../nbs/51_quantification.features.ipynb #9fa76ac2
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,10 +38,7 @@ from .nuclei import nuclei
 from .staining import glomerulus_stain, tuft_stain
 from .texture import binary_patterns, co_occurrence
 
-if TYPE_CHECKING:
-    from eq.inference.embed import Encoder
-
-# %% ../../nbs/51_quantification.features.ipynb #a5fba1cf
+# %% ../../nbs/51_quantification.features.ipynb #83b600e1
 BUILT_IN: tuple[Measure, ...] = (size, shape, glomerulus_stain, tuft_stain, lumens, nuclei, co_occurrence, binary_patterns)
 
 
@@ -68,7 +65,7 @@ def feature_units(
     rows = [(f.column(px_known), f.family, f.unit_of(px_known), f.meaning, f.reference) for f in pick_features(names)]
     return pd.DataFrame(rows, columns=["column", "family", "unit", "meaning", "reference"])
 
-# %% ../../nbs/51_quantification.features.ipynb #cfc63741
+# %% ../../nbs/51_quantification.features.ipynb #ab0c2f4a
 @dataclass(frozen=True)
 class FeatureOptions:
     "How features are measured."
@@ -76,10 +73,10 @@ class FeatureOptions:
     px_size_um: float | None = None  # Overrules what the image says
     working_um: float = WORKING_UM  # Pixel size at which texture, lumens and nuclei are measured
     stain: str = "pas"  # A name of eq.data.stain.STAINS
-    encoder: "Encoder | None" = None  # Adds the columns encoder_000, ...
+    encoder: Any = None  # An eq.inference.embed.Encoder; adds the columns encoder_000, ...
     threads: int = 1  # Crops measured at once
 
-# %% ../../nbs/51_quantification.features.ipynb #84c3220b
+# %% ../../nbs/51_quantification.features.ipynb #72d53716
 def measure_crop(
     crop: Crop,  # One glomerulus
     features: Sequence[Feature],  # From `pick_features`
@@ -103,7 +100,7 @@ def measure_crop(
             problems[f"{f.family}: {f.name} is {given[f.measure].get(f.name, 'missing')}"] = None
     return row, "; ".join(problems)
 
-# %% ../../nbs/51_quantification.features.ipynb #c1e461d3
+# %% ../../nbs/51_quantification.features.ipynb #ae26d814
 def _source(image: Picture | np.ndarray, labels: LabelImage | np.ndarray, glomeruli: pd.DataFrame, options: FeatureOptions) -> CropSource:
     "Image and labels with the scale of both. Raises EqError where they do not fit, and for an unknown stain."
     picture = ArrayPicture(image) if isinstance(image, np.ndarray) else image
@@ -129,7 +126,7 @@ def _measured(source: CropSource, features: Sequence[Feature], row: dict[str, An
 
 NEEDED = ("id", "label", "top", "left", "bottom", "right", "touches_border", "eq_diameter_px")  # columns of the glomeruli that are measured
 
-# %% ../../nbs/51_quantification.features.ipynb #d5c7cf83
+# %% ../../nbs/51_quantification.features.ipynb #d4a4e246
 def feature_table(
     image: Picture | np.ndarray,  # An opened image, or an array
     labels: LabelImage | np.ndarray,  # Glomeruli, each a number of its own
@@ -154,7 +151,7 @@ def feature_table(
     vectors = encoder_table(source.image, source.labels, glomeruli, options.encoder).drop(columns="id")
     return pd.concat([table.drop(columns="problems"), vectors, table[["problems"]]], axis=1)
 
-# %% ../../nbs/51_quantification.features.ipynb #1b04bb0f
+# %% ../../nbs/51_quantification.features.ipynb #233f8233
 def feature_columns(
     table: pd.DataFrame,  # From `feature_table`
 ) -> list[str]:  # Names of the columns that hold numbers

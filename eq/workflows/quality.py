@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLE', 'PAGE', 'image_sizes', 'judge_cohort', 'quality']
 
-# %% ../../nbs/72f_workflows.quality.ipynb #4dac7802
+# %% ../../nbs/72f_workflows.quality.ipynb #ea003c5b
 from pathlib import Path
 from typing import Annotated
 
@@ -18,11 +18,9 @@ from ..core.files import atomic_write
 from ..core.registry import EqError
 from ..data.cohort import Cohort
 from ..data.io import open_image
-from ..data.quality import FIGURES, REFUSE, judge, quality_table, reference_of
 from ..data.source import load_source
-from ..reporting.cohort_sheet import write_cohort_sheet
 
-# %% ../../nbs/72f_workflows.quality.ipynb #518e696f
+# %% ../../nbs/72f_workflows.quality.ipynb #f6100047
 def image_sizes(
     cohort: Cohort,  # Images
 ) -> pd.DataFrame:  # Columns height and width; NaN where a file cannot be opened
@@ -44,6 +42,8 @@ def judge_cohort(
     quiet: bool = False,  # No progress bar
 ) -> pd.DataFrame:  # image, subject, group, verdict, reasons, height, width, px_size_um, figures, problem
     "The verdict on each image. Raises EqError when nothing could be measured."
+    from eq.data.quality import FIGURES, REFUSE, judge, quality_table, reference_of  # needs OpenCV, and listing sources should not
+
     once = cohort.subset(~cohort.table["image"].duplicated().to_numpy())
     with tqdm(total=len(once) + (0 if like is None else len(like)), desc="looking", unit="image", disable=quiet or None) as bar:
         reference = None if like is None else reference_of(quality_table(like, bar.update))
@@ -59,7 +59,7 @@ def judge_cohort(
 def _columns(table: pd.DataFrame) -> tuple[list[float], list[float]]:
     return table["width"].fillna(0).tolist(), table["height"].fillna(0).tolist()
 
-# %% ../../nbs/72f_workflows.quality.ipynb #4185988e
+# %% ../../nbs/72f_workflows.quality.ipynb #be90228e
 TABLE, PAGE = "quality.csv", "index.html"
 
 
@@ -70,6 +70,9 @@ def quality(
     min_px: Annotated[int, typer.Option(min=0, help="refuse images whose shorter side has fewer pixels")] = 0,  # Pixels
 ) -> None:
     "Judge every image by focus, light, stain, tissue and pixel size: a table and a page to look at. Exits with 1 when an image is refused."
+    from eq.data.quality import REFUSE  # needs OpenCV, and listing sources should not
+    from eq.reporting.cohort_sheet import write_cohort_sheet
+
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise EqError(f"{out} is not an empty folder; give a new one with --out")
     cohort = load_source(source)
