@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BATCH', 'network_crop', 'encoder_table']
 
-# %% ../../nbs/51f_quantification.encoder.ipynb #e05f5f26
-from typing import TYPE_CHECKING
+# %% ../../nbs/51f_quantification.encoder.ipynb #bf2ac8cd
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,10 +17,7 @@ from .crop import Picture
 from .instances import LabelImage, records
 from .regions import MAX_CROP_PX, roi_box
 
-if TYPE_CHECKING:
-    from eq.inference.embed import Encoder
-
-# %% ../../nbs/51f_quantification.encoder.ipynb #6bc44278
+# %% ../../nbs/51f_quantification.encoder.ipynb #8980ec2b
 BATCH = 64  # crops in memory at once
 
 
@@ -42,12 +39,12 @@ def network_crop(
     size = (max(1, round(box[3] / factor)), max(1, round(box[2] / factor)))
     return cv2.resize(rgb, size, interpolation=cv2.INTER_AREA if factor > 1 else cv2.INTER_LINEAR)
 
-# %% ../../nbs/51f_quantification.encoder.ipynb #131c32a2
+# %% ../../nbs/51f_quantification.encoder.ipynb #acee9852
 def encoder_table(
     image: Picture,  # The image
     labels: LabelImage,  # Of the same size
     glomeruli: pd.DataFrame,  # With `id` and the columns of `instance_table`
-    encoder: "Encoder",  # eq.inference.embed.Encoder, of a checkpoint
+    encoder: Any,  # eq.inference.embed.Encoder, of a checkpoint
 ) -> pd.DataFrame:  # `id`, then encoder_000, encoder_001, ...: float32
     "One embedding a glomerulus. Raises EqError for one that cannot be cut out."
     from eq.inference.embed import embed_crops
