@@ -101,16 +101,19 @@ def test_killed_workers_lose_no_tile(lab, local):
     "A worker is killed again and again while tiles are computed; the rest takes over and nothing is missing or different."
     out, kills = lab / "killed", 0
     child = subprocess.Popen(command(lab, out, "--engine", "dask", "--workers", "2"), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    seen = -1
+    seen, store, known, lost = -1, out / ".work" / "large", set[str](), set[str]()
     while child.poll() is None and kills < 4:
         time.sleep(0.05)
-        tiles = len(list((out / ".work" / "large").glob("0*.safetensors"))) if out.exists() else 0
+        now = {p.name for p in store.glob("0*.safetensors")}
+        lost |= known - now if store.exists() else set()  # it goes when the slide is whole
+        known, tiles = known | now, len(now)
         workers = workers_of(child.pid)
         if tiles > max(seen, 0) and workers:
             os.kill(workers[kills % len(workers)].pid, signal.SIGKILL)
             kills, seen = kills + 1, tiles
     _, err = child.communicate(timeout=300)
-    assert child.returncode == 1 and kills >= 2, (kills, err)
+    assert child.returncode == 1 and kills >= 2 and "Traceback" not in err, (kills, err)
+    assert not lost, f"tiles that a worker had kept are gone: {lost}"
     check_same(local, out)
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEY', 'StoredTile', 'TileStore']
 
-# %% ../../nbs/40c_inference.store.ipynb #fc95fee6
+# %% ../../nbs/40c_inference.store.ipynb #4c4e8315
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ..core.files import atomic_write, read_json, write_json
+from ..core.files import atomic_write, plain, read_json, write_json
 from ..core.registry import EqError
 
-# %% ../../nbs/40c_inference.store.ipynb #ad0d6fc9
+# %% ../../nbs/40c_inference.store.ipynb #a8e11739
 KEY = "key.json"
 
 
@@ -44,7 +44,7 @@ class TileStore:
     ) -> "TileStore":  # Empty if it held tiles of another key
         "A folder for tiles. Raises EqError when it cannot be written."
         folder = Path(folder)
-        same = (folder / KEY).is_file() and read_json(folder / KEY) == key
+        same = (folder / KEY).is_file() and read_json(folder / KEY) == plain(key)  # a tuple comes back as a list
         if folder.is_dir() and not same:
             shutil.rmtree(folder)
         if not same:

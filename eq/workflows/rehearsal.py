@@ -6,7 +6,7 @@
 __all__ = ['PAINTED', 'FOLDER', 'typical_width', 'painted_factor', 'rehearsal_options', 'what_is_left', 'Rehearsed', 'PaintedSet',
            'painted_set', 'rehearse']
 
-# %% ../../nbs/73b_workflows.rehearsal.ipynb #a030919a
+# %% ../../nbs/73b_workflows.rehearsal.ipynb #d4ca0a88
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +20,14 @@ from ..core.registry import EqError, Registry
 from ..core.results import CheckpointMeta
 from ..data.block import load_samples
 from ..data.cohort import Cohort
-from ..data.crops import Sample
+from ..data.crops import Sample, mask_to_working, to_working
 from ..data.source import load_source
 from ..data.split import split_cohort
 from ..models.checkpoint import META, read_meta
 from ..training.fit_segment import FitOptions, fit_segment
 from ..training.transfer import transfer_weights
 
-# %% ../../nbs/73b_workflows.rehearsal.ipynb #b6cbc2ed
+# %% ../../nbs/73b_workflows.rehearsal.ipynb #b1b22370
 PAINTED: Registry[str] = Registry("painted source")  # task to a registered synthetic source
 PAINTED.register("glom")("synthetic_kidney")
 PAINTED.register("mito")("synthetic_em")
@@ -37,27 +37,21 @@ FOLDER = "rehearsal"  # below the run folder
 def typical_width(
     masks: Sequence[np.ndarray],  # (H, W) uint8, objects are 1
 ) -> float:  # Pixels
-    "Median equivalent diameter of whole objects; of all where each is cut by the border. Raises EqError without any object."
-    whole, cut = [], []
-    for mask in masks:
-        labels = label_objects(mask)
-        rim = set(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]).tolist())
-        for n, area in enumerate(np.bincount(labels.ravel())[1:], start=1):
-            (cut if n in rim else whole).append(np.sqrt(4 * area / np.pi))
-    if not whole and not cut:
+    "Upper quartile of the equivalent diameters: among few objects, many of them cut by the border, it stays near that of whole ones. Raises EqError without any object."
+    areas = [area for mask in masks for area in np.bincount(label_objects(mask).ravel())[1:]]
+    if not areas:
         raise EqError(f"{len(masks)} masks without an object; a width needs at least one")
-    return float(np.median(whole or cut))
+    return float(np.percentile(np.sqrt(4 * np.array(areas) / np.pi), 75))
 
 
 def painted_factor(
     real: Sequence[Sample],  # Training images at working resolution
-    painted: Cohort,  # Painted images with masks
+    painted: Sequence[Sample],  # Painted images with masks
 ) -> float:  # Painted pixels that one working pixel spans
     "The factor at which painted objects are as wide as the real ones."
-    wide = typical_width([s.mask for s in load_samples(painted, 1.0, quiet=True)])
-    return round(wide / typical_width([s.mask for s in real]), 4)
+    return round(typical_width([s.mask for s in painted]) / typical_width([s.mask for s in real]), 4)
 
-# %% ../../nbs/73b_workflows.rehearsal.ipynb #d3827c42
+# %% ../../nbs/73b_workflows.rehearsal.ipynb #d6170195
 def rehearsal_options(
     options: FitOptions,  # Of the whole run
     share: float,  # Of it, 0 to below 1
@@ -79,7 +73,7 @@ def what_is_left(
         return replace(options, epochs=max(1, options.epochs - rehearsal.epochs))
     return replace(options, minutes=max(options.minutes / 20, options.minutes - seconds / 60))
 
-# %% ../../nbs/73b_workflows.rehearsal.ipynb #e1c15af8
+# %% ../../nbs/73b_workflows.rehearsal.ipynb #7c4bef51
 class Rehearsed(NamedTuple):
     "What painted images do for a run."
 
@@ -99,6 +93,10 @@ class PaintedSet(NamedTuple):
     valid: tuple[Sample, ...]
 
 
+def _smaller(samples: Sequence[Sample], factor: float) -> tuple[Sample, ...]:
+    return tuple(replace(s, image=to_working(s.image, factor), mask=mask_to_working(s.mask, factor)) for s in samples)
+
+
 def painted_set(
     task: str,  # "glom" or "mito"
     real: Sequence[Sample],  # Training images of the run at working resolution: they tell the scale
@@ -106,9 +104,10 @@ def painted_set(
 ) -> PaintedSet:  # Painted the first time, then read
     "Painted images in which objects are as wide as in the real ones. Raises EqError for a task without a painter."
     cohort = load_source(PAINTED[task])
-    split, factor = split_cohort(cohort, "declared"), painted_factor(real, cohort)
-    train, valid = (tuple(load_samples(c, factor, quiet)) for c in (split.train, split.validate))
-    return PaintedSet(cohort, factor, train, valid)
+    split = split_cohort(cohort, "declared")
+    train, valid = (load_samples(c, 1.0, quiet) for c in (split.train, split.validate))
+    factor = painted_factor(real, [*train, *valid])
+    return PaintedSet(cohort, factor, _smaller(train, factor), _smaller(valid, factor))
 
 
 def _fitted(model: nn.Module, images: PaintedSet, meta: CheckpointMeta, options: FitOptions, folder: Path) -> CheckpointMeta:
