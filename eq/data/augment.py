@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Recipe', 'AUGMENTS', 'no_change', 'electron_microscopy', 'light_microscopy', 'augment']
 
-# %% ../../nbs/15_data.augment.ipynb #0fe0cc01
+# %% ../../nbs/15_data.augment.ipynb #3e0cced1
 import os
 from collections.abc import Callable
 from functools import cache
 
+import cv2
 import numpy as np
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it looks for a newer version on import, over the network
@@ -18,7 +19,7 @@ import albumentations as A  # noqa: E402
 from ..core.registry import Registry  # noqa: E402
 from .glass import Glass  # noqa: E402
 
-# %% ../../nbs/15_data.augment.ipynb #270469c4
+# %% ../../nbs/15_data.augment.ipynb #7c5cddd2
 Recipe = Callable[[], list]
 AUGMENTS: Registry[Recipe] = Registry("augmentation")
 
@@ -35,7 +36,7 @@ def electron_microscopy() -> list:  # Albumentations transforms
     return [
         A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.3, p=0.7),
         A.RandomGamma(gamma_limit=(65, 150), p=0.5),
-        A.ElasticTransform(alpha=40, sigma=8, p=0.2),
+        A.ElasticTransform(alpha=40, sigma=8, border_mode=cv2.BORDER_REFLECT_101, p=0.2),
         A.OneOf([A.GaussianBlur(sigma_limit=(0.4, 1.5), blur_limit=0), A.GaussNoise(std_range=(0.02, 0.08))], p=0.4),
     ]
 
@@ -44,16 +45,16 @@ def electron_microscopy() -> list:  # Albumentations transforms
 def light_microscopy() -> list:  # Albumentations transforms
     "Stain, scanner colour, focus and compression of a brightfield slide (Tellez et al. 2019, doi 10.1016/j.media.2019.101544), and edges of the tissue."
     return [
+        Glass(p=0.3),  # before the colours change: new glass has the colour of the old
         A.HueSaturationValue(hue_shift_limit=12, sat_shift_limit=35, val_shift_limit=15, p=0.7),
         A.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.25, p=0.6),
         A.RandomGamma(gamma_limit=(70, 140), p=0.4),
         A.RGBShift(r_shift_limit=12, g_shift_limit=12, b_shift_limit=12, p=0.4),
-        A.ElasticTransform(alpha=60, sigma=10, p=0.25),
+        A.ElasticTransform(alpha=60, sigma=10, border_mode=cv2.BORDER_REFLECT_101, p=0.25),
         A.OneOf([A.GaussianBlur(sigma_limit=(0.4, 1.5), blur_limit=0), A.GaussNoise(std_range=(0.01, 0.05))], p=0.3),
-        Glass(p=0.3),
     ]
 
-# %% ../../nbs/15_data.augment.ipynb #52f1e290
+# %% ../../nbs/15_data.augment.ipynb #73b5a0b4
 @cache
 def _composed(recipe: str) -> A.Compose:
     "Building a pipeline costs more than running it, so each is built once; its random state is set anew at every call."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sample', 'to_working', 'mask_to_working', 'CropPlan', 'CropStream']
 
-# %% ../../nbs/17_data.crops.ipynb #8d71e485
+# %% ../../nbs/17_data.crops.ipynb #1ec424b0
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from ..core.registry import EqError
 from .augment import augment
 
-# %% ../../nbs/17_data.crops.ipynb #d365142e
+# %% ../../nbs/17_data.crops.ipynb #9f294bde
 @dataclass(frozen=True)
 class Sample:
     "An image (H, W, 3) uint8 and its mask (H, W) uint8 of classes, both at working resolution."
@@ -50,7 +50,7 @@ def mask_to_working(
     "Resamples a binary mask: a working pixel is set where at least half of it is covered."
     return (to_working(mask * np.uint8(255), scale) >= 128).astype(np.uint8)
 
-# %% ../../nbs/17_data.crops.ipynb #57f1cf2c
+# %% ../../nbs/17_data.crops.ipynb #b19fdb1a
 @dataclass(frozen=True)
 class CropPlan:
     "How crops are drawn. Sizes in working pixels."
@@ -64,23 +64,26 @@ class CropPlan:
     painted: float = 0.0  # share of crops from painted samples, where there are any
 
 
-def _affine(rng: np.random.Generator, plan: CropPlan, centre: tuple[float, float]) -> np.ndarray:
-    "2x3 matrix from crop coordinates to image coordinates (x, y), crop centre on `centre` (y, x)."
+def _affine(rng: np.random.Generator, plan: CropPlan, centre: np.ndarray, shape: tuple[int, int] | None = None) -> np.ndarray:
+    "2x3 matrix from crop coordinates to image coordinates (x, y), crop centre on `centre` (y, x), or as near as the crop stays within `shape`."
     angle = rng.uniform(0, 2 * np.pi) if plan.rotate else 0.0
     step = float(np.exp(-rng.uniform(*np.log(plan.zoom))))  # image pixels one crop pixel spans
     flip = rng.choice([-1.0, 1.0]) if plan.rotate else 1.0
     cos, sin = np.cos(angle) * step, np.sin(angle) * step
     linear = np.array([[cos * flip, -sin], [sin * flip, cos]])
+    if shape is not None:
+        reach = np.minimum(np.abs(linear).sum(1)[::-1] * plan.size, shape) / 2  # from the centre, along rows and columns; pixel 0 begins at -0.5
+        centre = np.clip(centre, reach - 0.5, shape - reach - 0.5)
     middle = np.array([(plan.size - 1) / 2] * 2)
-    return np.hstack([linear, (np.array(centre[::-1]) - linear @ middle)[:, None]])
+    return np.hstack([linear, (centre[::-1] - linear @ middle)[:, None]])
 
 
 def _warp(pixels: np.ndarray, matrix: np.ndarray, size: int, nearest: bool = False) -> np.ndarray:
-    "Samples a square crop; outside the image it is mirrored."
+    "Samples a square crop; what reaches beyond the image (crops that do not fit in) is mirrored."
     flags = cv2.WARP_INVERSE_MAP | (cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR)
     return cv2.warpAffine(pixels, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REFLECT_101)
 
-# %% ../../nbs/17_data.crops.ipynb #a008a654
+# %% ../../nbs/17_data.crops.ipynb #dbf7d33d
 def _objects(pairs: Sequence[Sample], min_area: int = 30) -> list[tuple[np.ndarray, np.ndarray]]:
     "Whole objects (not cut by the image's border) with a margin: (image patch, mask patch)."
     found = []
@@ -98,7 +101,7 @@ def _paste(crop: tuple[np.ndarray, np.ndarray], thing: tuple[np.ndarray, np.ndar
     "Pastes an object into a crop in place, rotated and zoomed, its edge blended over about 3 pixels."
     image, mask = crop
     h, w = thing[1].shape
-    matrix = _affine(rng, plan, ((h - 1) / 2, (w - 1) / 2))
+    matrix = _affine(rng, plan, np.array([(h - 1) / 2, (w - 1) / 2]))
     shift = rng.uniform(-0.45, 0.45, 2) * plan.size  # where in the crop it lands
     matrix[:, 2] -= matrix[:, :2] @ shift
     flags = cv2.WARP_INVERSE_MAP | cv2.INTER_LINEAR
@@ -108,7 +111,7 @@ def _paste(crop: tuple[np.ndarray, np.ndarray], thing: tuple[np.ndarray, np.ndar
     image[:] = (alpha * pixels + (1 - alpha) * image + 0.5).astype(np.uint8)
     mask[cover >= 0.5] = 1
 
-# %% ../../nbs/17_data.crops.ipynb #628dc1de
+# %% ../../nbs/17_data.crops.ipynb #4aaf067f
 class CropStream(Dataset):
     "Endless supply of training crops: item i is a function of (seed, i). Images (C, H, W) float32 normalised, masks (H, W) float32."
 
@@ -151,7 +154,7 @@ class CropStream(Dataset):
             centre = rng.choice(self._positive[which]) + rng.uniform(-plan.size / 3, plan.size / 3, 2)
         else:
             centre = rng.uniform(0, 1, 2) * pair.mask.shape
-        matrix = _affine(rng, plan, (float(centre[0]), float(centre[1])))
+        matrix = _affine(rng, plan, np.asarray(centre, float), pair.mask.shape)
         image, mask = _warp(pair.image, matrix, plan.size), _warp(pair.mask, matrix, plan.size, nearest=True)
         if self._bank and rng.random() < plan.paste:
             _paste((image, mask), self._bank[int(rng.integers(len(self._bank)))], rng, plan)

@@ -6,7 +6,7 @@
 __all__ = ['PAINTED', 'FOLDER', 'typical_width', 'painted_factor', 'rehearsal_options', 'what_is_left', 'Rehearsed', 'PaintedSet',
            'painted_set', 'rehearse']
 
-# %% ../../nbs/73b_workflows.rehearsal.ipynb #d4ca0a88
+# %% ../../nbs/73b_workflows.rehearsal.ipynb #1d4b16ca
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..models.checkpoint import META, read_meta
 from ..training.fit_segment import FitOptions, fit_segment
 from ..training.transfer import transfer_weights
 
-# %% ../../nbs/73b_workflows.rehearsal.ipynb #b1b22370
+# %% ../../nbs/73b_workflows.rehearsal.ipynb #80c207c8
 PAINTED: Registry[str] = Registry("painted source")  # task to a registered synthetic source
 PAINTED.register("glom")("synthetic_kidney")
 PAINTED.register("mito")("synthetic_em")
@@ -51,7 +51,7 @@ def painted_factor(
     "The factor at which painted objects are as wide as the real ones."
     return round(typical_width([s.mask for s in painted]) / typical_width([s.mask for s in real]), 4)
 
-# %% ../../nbs/73b_workflows.rehearsal.ipynb #d6170195
+# %% ../../nbs/73b_workflows.rehearsal.ipynb #2556519b
 def rehearsal_options(
     options: FitOptions,  # Of the whole run
     share: float,  # Of it, 0 to below 1
@@ -73,7 +73,7 @@ def what_is_left(
         return replace(options, epochs=max(1, options.epochs - rehearsal.epochs))
     return replace(options, minutes=max(options.minutes / 20, options.minutes - seconds / 60))
 
-# %% ../../nbs/73b_workflows.rehearsal.ipynb #7c4bef51
+# %% ../../nbs/73b_workflows.rehearsal.ipynb #fbe6134d
 class Rehearsed(NamedTuple):
     "What painted images do for a run."
 
