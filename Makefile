@@ -20,7 +20,7 @@ $(STAMP): requirements.lock settings.ini setup.py tools/install.sh
 	@tools/install.sh $(VENV)
 	@touch $@
 
-demo: $(STAMP)  ## Train on synthetic images, predict unseen animals, write an HTML report (8 minutes on 2 cores)
+demo: $(STAMP)  ## Train on synthetic images, predict unseen animals, tell a treatment effect in an HTML report (8 minutes on 2 cores)
 	@$(BIN)/eq demo $(ARGS)
 
 test: $(STAMP)  ## Notebooks, export, layers, style, types, docs and tests with coverage; says where the time goes

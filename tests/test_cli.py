@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 EQ = Path(sys.executable).with_name("eq")
-VERBS = ("demo", "data", "train", "predict", "evaluate", "run", "bench", "models", "verify")
+VERBS = ("demo", "data", "train", "predict", "evaluate", "run", "bench", "models", "verify", "audit", "effect", "plan")
 
 
 def eq(*args: object, **env: str) -> subprocess.CompletedProcess:

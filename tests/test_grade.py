@@ -5,6 +5,8 @@ from importlib.util import find_spec
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from eq.core.ordinal import qwk
 from eq.core.registry import EqError
@@ -14,6 +16,7 @@ from eq.quantification.conformal import calibrate_sets, prediction_sets, subject
 from eq.quantification.grade import grade_glomeruli, grade_quality
 from eq.quantification.grade_model import GradeOptions, fit_grader, grading_data, score_table
 from eq.quantification.grader import GRADERS, Examples, directions_of, try_grader
+from eq.quantification.panel import fit_panel
 from eq.quantification.raters import agree
 
 ODDS = GradeOptions("proportional_odds", outer=3, inner=3)
@@ -91,6 +94,35 @@ def test_the_grader_beats_the_people_it_learned_from():
     mean = result.scores["expected"].groupby(pd.qcut(table["swelling"], 8)).mean()
     assert (np.diff(mean) > 0).all(), "monotone in the latent swelling"
     assert real.sets.coverage.estimate >= 0.9
+    assert real.sets.mean_size.estimate <= 2 and real.sets.abstained.estimate <= 0.15
+    assert result.sets is not None and abs(result.sets.coverage.estimate - real.sets.coverage.estimate) < 0.06, "known without the truth"
+
+
+def test_where_people_share_no_glomerulus_sets_are_about_a_score_and_the_notes_say_so(tables):
+    features, table, ratings = tables
+    one = grade_glomeruli(features, table, ratings[ratings["rater"] == "A"], ODDS)
+    same = grade_glomeruli(features, table, ratings[ratings["rater"] == "A"], replace(ODDS, target="score"))
+    pd.testing.assert_frame_equal(one.scores, same.scores)
+    assert one.sets is None and one.behind.empty and set(one.folds["target"]) == {"score"}
+    assert any("next score of a person" in n and "fewer than 20 glomeruli with two scores" in n for n in one.notes)
+    three, chances = grade_glomeruli(features, table, ratings, ODDS), ["p0", "p1", "p2", "p3"]
+    assert set(three.folds["target"]) == {"grade"} and three.scores[chances].max(axis=1).mean() > one.scores[chances].max(axis=1).mean()
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.2, 1.0), st.integers(2, 5))
+def test_chances_of_the_grade_are_chances_whatever_people_did(seed, share, people):
+    "Sparse sheets, people who hardly scored, two to five of them: chances stay chances, and rise with the grader's answer."
+    rng = np.random.default_rng(seed)
+    answer = np.sort(rng.normal(0, 2, 60))
+    scores = np.where(rng.random((60, people)) < share, rng.integers(0, 4, (60, people)), -1)
+    panel = fit_panel(answer, scores, [str(i) for i in range(people)], least=0)
+    above, behind = panel.above(answer), panel.behind(answer, scores)
+    assert (np.diff(above, axis=0) >= -1e-12).all() and (np.diff(above, axis=1) <= 1e-12).all()
+    assert (behind >= -1e-12).all() and np.allclose(behind.sum(1), 1)
+    blank = panel.behind(answer, np.full_like(scores, -1))
+    inner = np.abs(answer) < 2
+    assert np.abs(1 - np.cumsum(blank, 1)[inner, :3] - above[inner]).max() < 0.05, "without scores both ways agree"
 
 
 def test_missing_scores_are_no_obstacle(tables):

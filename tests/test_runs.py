@@ -75,8 +75,9 @@ def test_a_bad_source_fails_in_its_cell_and_says_why(tmp_path):
 def test_the_demo_fails_when_the_network_learned_nothing(tmp_path):
     "Exit code 1, and a report that says why."
     out = tmp_path / "demo"
-    small = ["--mito-minutes", "0.02", "--glom-minutes", "0.02", "--animals", "6", "--size", "256", "--out", str(out)]
+    small = ["--mito-minutes", "0.02", "--glom-minutes", "0.02", "--animals", "6", "--size", "256", "--study-animals", "4", "--out", str(out)]
     done = subprocess.run([EQ, "demo", *small], capture_output=True, text=True, env={**os.environ, "EQ__DEMO__MIN_DICE": "0.999"})
     assert done.returncode == 1, done.stderr[-3000:]
     assert "NO   Dice on unseen animals is at least 1.00" in done.stdout and done.stdout.strip().endswith("report.html")
+    assert "the treatment effect can be told" in done.stdout and (out / "images" / "study" / "ratings.csv").is_file()
     assert "checks failed" in (out / "report.html").read_text(encoding="utf-8")

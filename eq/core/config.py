@@ -6,7 +6,7 @@
 __all__ = ['NOT_KEYS', 'DataConfig', 'TrainConfig', 'TaskConfig', 'PredictConfig', 'EvaluateConfig', 'DemoConfig', 'BenchConfig',
            'LogConfig', 'Config', 'load_config', 'describe']
 
-# %% ../../nbs/00_core.config.ipynb #cdc96762
+# %% ../../nbs/00_core.config.ipynb #46fe50cd
 import os
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from .paths import params_file, read_yaml
 from .registry import EqError, unknown_name
 from .results import Strict, invalid
 
-# %% ../../nbs/00_core.config.ipynb #4fa06054
+# %% ../../nbs/00_core.config.ipynb #fdc3f870
 class DataConfig(Strict):
     "Where images are and how they are read."
 
@@ -73,7 +73,7 @@ class PredictConfig(Strict):
     tile: int = Field(ge=64, multiple_of=32, description="Edge of a tile, pixels at the working resolution")
     overlap: int = Field(ge=0, description="Pixels that neighbouring tiles share and blend over")
 
-# %% ../../nbs/00_core.config.ipynb #00501181
+# %% ../../nbs/00_core.config.ipynb #b7083d2b
 class EvaluateConfig(Strict):
     "How predictions are scored."
 
@@ -89,10 +89,11 @@ class DemoConfig(Strict):
     glom_minutes: float = Field(gt=0, description="Transfer to synthetic glomeruli")
     animals: int = Field(ge=6, description="Synthetic animals")
     size: int = Field(ge=256, multiple_of=32, description="Edge of a synthetic field, pixels")
+    study_animals: int = Field(ge=4, description="Further synthetic animals, in two groups, for the effect")
     min_dice: float = Field(ge=0, le=1, description="Exit with 1 below this Dice on unseen animals")
     seed: int = Field(ge=0, description="Seed of images and training")
 
-# %% ../../nbs/00_core.config.ipynb #b7b43b84
+# %% ../../nbs/00_core.config.ipynb #d4afc9c6
 class BenchConfig(Strict):
     "How benchmarks are run."
 
@@ -121,7 +122,7 @@ class Config(Strict):
     bench: BenchConfig
     log: LogConfig
 
-# %% ../../nbs/00_core.config.ipynb #3ba3cf6f
+# %% ../../nbs/00_core.config.ipynb #503f5fbf
 NOT_KEYS = {"EQ__MODE", "EQ__OUTPUTS"}  # variables of eq that stand for no key of a section
 
 
@@ -154,7 +155,7 @@ def _from_environment() -> dict[str, Any]:
             found[key] = text if key == "data.root" else yaml.safe_load(text)  # a folder may be called 2026
     return found
 
-# %% ../../nbs/00_core.config.ipynb #bba6aaa5
+# %% ../../nbs/00_core.config.ipynb #715f41f7
 def _read_params(path: Path) -> dict[str, Any]:
     "A YAML file that holds sections. Raises EqError naming the file."
     values = read_yaml(path)
@@ -162,7 +163,7 @@ def _read_params(path: Path) -> dict[str, Any]:
         raise EqError(f"{path} holds no sections; valid: {_valid_keys(())}")
     return values
 
-# %% ../../nbs/00_core.config.ipynb #8e027b3d
+# %% ../../nbs/00_core.config.ipynb #1e8dc295
 def load_config(
     path: str | Path | None = None,  # A params.yaml; default is the one of the checkout
     mode: str | None = None,  # development, production or debug; default is EQ__MODE, then what the file says
@@ -183,7 +184,7 @@ def load_config(
     except ValidationError as e:
         raise invalid(e, file.name, _valid_keys) from e
 
-# %% ../../nbs/00_core.config.ipynb #5537ea0c
+# %% ../../nbs/00_core.config.ipynb #bdedf068
 @cache
 def _documented(section: str) -> dict[str, str]:
     "Description of each key of a section."

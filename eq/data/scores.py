@@ -6,12 +6,12 @@
 __all__ = ['ROLES', 'read_sheet', 'find_column', 'match_names', 'JoinReport', 'SheetColumns', 'score_value', 'SheetRow',
            'sheet_rows', 'join_scores']
 
-# %% ../../nbs/12b_data.scores.ipynb #336c242c
+# %% ../../nbs/12b_data.scores.ipynb #b734fd5d
 import re
 import zipfile
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import pandas as pd
 from ..core.registry import EqError, unknown_name
 from .cohort import Cohort
 
-# %% ../../nbs/12b_data.scores.ipynb #71405282
+# %% ../../nbs/12b_data.scores.ipynb #0bb08eb2
 def _cell(value: Any, where: str) -> str:
     if isinstance(value, date):  # datetime and pandas Timestamp are dates too
         raise EqError(f"{where} holds the date {value}: the spreadsheet turned a name into a date; format the column as text and type it again")
@@ -52,7 +52,7 @@ def _read_csv(path: Path, sheet: str | None) -> pd.DataFrame:
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise EqError(f"{path} cannot be read as a CSV: {error}") from error
 
-# %% ../../nbs/12b_data.scores.ipynb #e4cb4050
+# %% ../../nbs/12b_data.scores.ipynb #00d24173
 def read_sheet(
     path: str | Path,  # A .csv, .tsv, .xlsx or .xlsm file
     sheet: str | None = None,  # Which sheet of a workbook; None: the first
@@ -70,18 +70,21 @@ def read_sheet(
     table = pd.DataFrame(cells, dtype=object, index=range(2, len(raw) + 2))  # row 1 is the header
     return table.loc[[any(row) for row in zip(*cells.values(), strict=True)]]
 
-# %% ../../nbs/12b_data.scores.ipynb #995640f1
+# %% ../../nbs/12b_data.scores.ipynb #f5ce8aaa
 ROLES = {
     "image": ("image", "imagename", "imageid", "file", "filename", "name", "picture", "roi", "object", "objectid", "bild"),
     "subject": ("subject", "subjectid", "animal", "animalid", "mouse", "mouseid", "rat", "ratid", "patient", "patientid", "slide", "id", "tier"),
     "score": ("score", "grade", "rating", "endotheliosis", "endotheliosisscore", "endotheliosisgrade", "grad"),
     "rater": ("rater", "reader", "observer", "scorer", "pathologist"),
     "group": ("group", "treatment", "arm", "cohort", "gruppe"),
+    "id": ("id", "glomerulus", "glomerulusid", "object", "objectid", "roi"),  # of one object; `eq.quantification.ratings`
+    "x": ("x", "xpx", "centroidx"),
+    "y": ("y", "ypx", "centroidy"),
 }
 
 
-def _plain(text: str) -> str:
-    return re.sub(r"[\s_\-]+", "", text).casefold()
+def _spelt(text: str) -> str:
+    return "".join(ch for ch in text.casefold() if ch.isalnum())
 
 
 def find_column(
@@ -94,9 +97,14 @@ def find_column(
         if given not in columns:
             raise unknown_name("column", given, list(columns))
         return given
-    return next((c for word in ROLES[role] for c in columns if _plain(c) == word), None)
+    spelt = {_spelt(c): c for c in reversed(columns)}  # the first of two that are spelt alike
+    return next((spelt[word] for word in ROLES[role] if word in spelt), None)
 
-# %% ../../nbs/12b_data.scores.ipynb #4ef27473
+# %% ../../nbs/12b_data.scores.ipynb #ead69d42
+def _plain(text: str) -> str:
+    return re.sub(r"[\s_\-]+", "", text).casefold()
+
+
 def _exact(name: str) -> str:
     return name.replace("\\", "/").casefold()
 
@@ -124,7 +132,7 @@ def match_names(
         out[name] = sorted(hits)
     return out
 
-# %% ../../nbs/12b_data.scores.ipynb #3a8fbbd4
+# %% ../../nbs/12b_data.scores.ipynb #ecc22a42
 @dataclass(frozen=True)
 class JoinReport:
     "What a join did, and what it could not place."
@@ -153,7 +161,7 @@ class SheetColumns:
     group: str | None = None
     sheet: str | None = None  # Which sheet of a workbook
 
-# %% ../../nbs/12b_data.scores.ipynb #08104345
+# %% ../../nbs/12b_data.scores.ipynb #a6bb2470
 def score_value(
     text: str,  # As the sheet writes it
     where: str,  # Named in the error
@@ -179,14 +187,14 @@ class SheetRow:
     rater: str
     group: str
 
-# %% ../../nbs/12b_data.scores.ipynb #a2720571
+# %% ../../nbs/12b_data.scores.ipynb #ed4bb2f7
 def sheet_rows(
     path: Path,  # A score sheet
     columns: SheetColumns,  # Which column is what
 ) -> tuple[list[SheetRow], str]:  # Rows that name something, and whether the names are of an "image" or a "subject"
     "A sheet with its columns recognised. Raises EqError where the name or the score has no column."
     raw = read_sheet(path, columns.sheet)
-    found = {role: find_column(list(raw.columns), role, getattr(columns, role)) for role in ROLES}
+    found = {role: find_column(list(raw.columns), role, given) for role, given in asdict(columns).items() if role in ROLES}
     by = "subject" if columns.subject is not None and columns.image is None else "image" if found["image"] else "subject"
     for role in (by, "score"):
         if found[role] is None:
@@ -196,7 +204,7 @@ def sheet_rows(
     rows = [SheetRow(*values) for values in zip(raw[found[by]], numbers, rater, group, strict=True)]
     return [row for row in rows if row.name], by
 
-# %% ../../nbs/12b_data.scores.ipynb #3dcbf2b8
+# %% ../../nbs/12b_data.scores.ipynb #1e32a531
 def _rate(ratings: dict[str, float], row: SheetRow, path: Path) -> None:
     # the same score twice is one score, two different ones are a question for a person
     if np.isnan(row.score):
@@ -212,7 +220,7 @@ def _scored_table(table: pd.DataFrame, ratings: list[dict[str, float]], groups: 
     group = [groups.get(i, str(table["group"][i])) for i in at]
     return table.iloc[at].assign(group=group, rater=[rater for rater, _ in pairs], score=[score for _, score in pairs])
 
-# %% ../../nbs/12b_data.scores.ipynb #3d84d6ef
+# %% ../../nbs/12b_data.scores.ipynb #1400d170
 def join_scores(
     cohort: Cohort,  # Images to be scored
     sheet: str | Path,  # CSV or XLSX

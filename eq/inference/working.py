@@ -6,7 +6,7 @@
 __all__ = ['MAX_RATIO', 'PIECE_PX', 'WorkingScale', 'working_scale', 'Source', 'ArraySource', 'axis_weights', 'Working',
            'resize_rows']
 
-# %% ../../nbs/40a_inference.working.ipynb #62f36e3f
+# %% ../../nbs/40a_inference.working.ipynb #9a3b26ae
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -18,8 +18,9 @@ from scipy import sparse
 
 from ..core.registry import EqError
 from ..core.results import CheckpointMeta, Tile
+from ..data.pixels import ArrayExtent, Extent
 
-# %% ../../nbs/40a_inference.working.ipynb #65b2afd5
+# %% ../../nbs/40a_inference.working.ipynb #06f0c2b8
 MAX_RATIO = 16.0  # beyond this ratio of pixel sizes somebody mistook nm for um
 
 
@@ -48,19 +49,9 @@ def working_scale(
     factor = meta.scale * ratio
     return WorkingScale(factor, f"pixel size {px_size_um:g} um, training {meta.px_size_um:g} um: made smaller by {factor:g}")
 
-# %% ../../nbs/40a_inference.working.ipynb #9791d04b
-class Source(Protocol):
+# %% ../../nbs/40a_inference.working.ipynb #84cfb4e9
+class Source(Extent, Protocol):
     "An image that can be read by region; `eq.data.io.Image` is one."
-
-    @property
-    def height(self) -> int:
-        "Rows."
-        ...
-
-    @property
-    def width(self) -> int:
-        "Columns."
-        ...
 
     def rgb(self, y: int = 0, x: int = 0, h: int | None = None, w: int | None = None) -> np.ndarray:
         "The region as (h, w, 3) uint8."
@@ -68,30 +59,18 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class ArraySource:
+class ArraySource(ArrayExtent):
     "An array as a source. Raises EqError for other than (H, W, 3) uint8."
 
-    pixels: np.ndarray
-
     def __post_init__(self) -> None:
-        if self.pixels.dtype != np.uint8 or self.pixels.ndim != 3 or self.pixels.shape[2] != 3 or 0 in self.pixels.shape:
-            raise EqError(f"image is {self.pixels.dtype} of shape {self.pixels.shape}; valid: uint8 of shape (H, W, 3)")
-
-    @property
-    def height(self) -> int:
-        "Rows."
-        return self.pixels.shape[0]
-
-    @property
-    def width(self) -> int:
-        "Columns."
-        return self.pixels.shape[1]
+        if self.values.dtype != np.uint8 or self.values.ndim != 3 or self.values.shape[2] != 3 or 0 in self.values.shape:
+            raise EqError(f"image is {self.values.dtype} of shape {self.values.shape}; valid: uint8 of shape (H, W, 3)")
 
     def rgb(self, y: int = 0, x: int = 0, h: int | None = None, w: int | None = None) -> np.ndarray:
         "The region as a view."
-        return self.pixels[y : None if h is None else y + h, x : None if w is None else x + w]
+        return self.values[y : None if h is None else y + h, x : None if w is None else x + w]
 
-# %% ../../nbs/40a_inference.working.ipynb #af262f14
+# %% ../../nbs/40a_inference.working.ipynb #61182187
 def axis_weights(
     size_in: int,  # Original pixels along this axis
     size_out: int,  # Working pixels along this axis
@@ -117,7 +96,7 @@ def axis_weights(
     matrix = sparse.csr_array((weight.ravel().astype(np.float32), (rows, cells.ravel() - first)), (len(i), last - first + 1))
     return first, matrix
 
-# %% ../../nbs/40a_inference.working.ipynb #00e2da9e
+# %% ../../nbs/40a_inference.working.ipynb #d3b5196a
 class Working:
     "A source seen at working resolution."
 
@@ -163,7 +142,7 @@ class Working:
         bottom, right = min(self.size[0], int(np.ceil((tile.y + tile.h) * fy))), min(self.size[1], int(np.ceil((tile.x + tile.w) * fx)))
         return Tile(top, left, bottom - top, right - left)
 
-# %% ../../nbs/40a_inference.working.ipynb #a780f40b
+# %% ../../nbs/40a_inference.working.ipynb #19de5828
 PIECE_PX = 2**22  # most pixels that are handed out at once
 
 

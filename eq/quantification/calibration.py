@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['LEAST_ANIMALS', 'Calibration', 'fit_calibration', 'calibrate']
 
-# %% ../../nbs/55b_quantification.calibration.ipynb #2793e70a
+# %% ../../nbs/55b_quantification.calibration.ipynb #cd9fbafb
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from ..core.ordinal import grade_moments
 from ..core.registry import EqError
 from ..core.results import Result
 
-# %% ../../nbs/55b_quantification.calibration.ipynb #a3658f6c
+# %% ../../nbs/55b_quantification.calibration.ipynb #96077fdc
 @dataclass(frozen=True)
 class Calibration(Result):
     "The mean expected grade of an animal is `level + slope * (mean human grade - centre)`, give or take an error of its own."
@@ -50,7 +51,7 @@ def _slope(keep: np.ndarray, means: list[np.ndarray], noise: list[np.ndarray]) -
     bottom = (s * s).sum() / (len(s) - 1) - noise[1][keep].mean()
     return float(top / bottom) if bottom > 0 else float("nan")
 
-# %% ../../nbs/55b_quantification.calibration.ipynb #3e57649c
+# %% ../../nbs/55b_quantification.calibration.ipynb #1dfc557b
 LEAST_ANIMALS = 5  # reference animals below which no slope is estimated
 
 
@@ -88,8 +89,11 @@ def calibrate(
     if len(known) == 0:
         raise EqError(f"none of the {len(reference)} reference glomeruli has probabilities and a human score")
     animal = np.unique(known["subject"].astype(str), return_inverse=True)[1]
-    expected = known[["p0", "p1", "p2", "p3"]].to_numpy(float) @ np.arange(4)
+    expected = grade_moments(known[["p0", "p1", "p2", "p3"]].to_numpy(float))[0]
     found = fit_calibration(expected, known["score"].to_numpy(float), animal)
+    if not np.isfinite(found.slope_se):
+        seen = f"{found.n_animals} animals with {found.n_objects} scored glomeruli"
+        raise EqError(f"{seen} are too few, or too alike, to tell how far the grader follows people; score more glomeruli an animal")
     if not found.slope > 2 * found.slope_se:
         seen = f"slope {found.slope:.2f} with standard error {found.slope_se:.2f} over {found.n_animals} animals"
         raise EqError(f"the predicted mean grade of an animal does not follow its human mean grade ({seen}); no effect can be read from such a grader")

@@ -6,7 +6,7 @@
 __all__ = ['WORKING_UM', 'NOMINAL_UM', 'R', 'GREY', 'Measure', 'FEATURES', 'Picture', 'ArrayPicture', 'Scale', 'scale_of', 'Crop',
            'density', 'dyes', 'CropSource', 'white_of_picture', 'Feature', 'register_measure']
 
-# %% ../../nbs/50d_quantification.crop.ipynb #22c52b20
+# %% ../../nbs/50d_quantification.crop.ipynb #9d0f5fce
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,25 +16,15 @@ import cv2
 import numpy as np
 
 from ..core.registry import EqError, Registry
-from ..data.pixels import Layout, display_rgb, needs_window, stretch_window
+from ..data.pixels import ArrayExtent, Extent, Layout, display_rgb, needs_window, stretch_window
 from ..data.pxsize import checked_px_size
 from ..data.stain import optical_density, separate, white_of
 from .instances import LabelImage
 from .regions import MAX_CROP_PX, roi_box
 
-# %% ../../nbs/50d_quantification.crop.ipynb #43829f9e
-class Picture(Protocol):
+# %% ../../nbs/50d_quantification.crop.ipynb #92937b88
+class Picture(Extent, Protocol):
     "An image that gives regions as RGB; `eq.data.io.Image` is one."
-
-    @property
-    def height(self) -> int:
-        "Rows."
-        ...
-
-    @property
-    def width(self) -> int:
-        "Columns."
-        ...
 
     @property
     def px_size_um(self) -> float | None:
@@ -48,27 +38,16 @@ class Picture(Protocol):
 
 _KINDS = {1: "grey", 2: "grey+alpha", 3: "rgb", 4: "rgb+alpha"}
 
-# %% ../../nbs/50d_quantification.crop.ipynb #8dfeac2e
+# %% ../../nbs/50d_quantification.crop.ipynb #21115a6f
 @dataclass(frozen=True)
-class ArrayPicture:
+class ArrayPicture(ArrayExtent):
     "An array as a picture. Raises EqError for other than (H, W) or (H, W, channels) numbers."
 
-    values: np.ndarray
     px_size_um: float | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim not in (2, 3) or 0 in self.values.shape:
             raise EqError(f"picture is of shape {self.values.shape}; valid: (H, W) or (H, W, channels)")
-
-    @property
-    def height(self) -> int:
-        "Rows."
-        return self.values.shape[0]
-
-    @property
-    def width(self) -> int:
-        "Columns."
-        return self.values.shape[1]
 
     @cached_property
     def _layout(self) -> Layout:
@@ -86,7 +65,7 @@ class ArrayPicture:
         "The region (h, w, 3) uint8."
         return display_rgb(self.values[y : y + h, x : x + w], self._layout, self._window)
 
-# %% ../../nbs/50d_quantification.crop.ipynb #614ca22f
+# %% ../../nbs/50d_quantification.crop.ipynb #9d6aa3c7
 WORKING_UM = 1.0  # Working pixel
 NOMINAL_UM = 150.0  # How wide a median glomerulus is taken to be where the pixel size is unknown: for the scale only
 
@@ -106,7 +85,7 @@ class Scale:
             return f"pixel size unknown: a median glomerulus is {NOMINAL_UM * self.per_um:.0f} working pixels across"
         return f"{1 / self.per_um:g} um a working pixel, from {self.px_size_um:g} um"
 
-# %% ../../nbs/50d_quantification.crop.ipynb #a902f9d3
+# %% ../../nbs/50d_quantification.crop.ipynb #22c31450
 def scale_of(
     px_size_um: float | None,  # Of the image
     diameters_px: np.ndarray,  # Of its glomeruli, pixels of the image
@@ -120,7 +99,7 @@ def scale_of(
         raise EqError("neither a pixel size nor a glomerulus tells the scale of the image; give px_size_um")
     return Scale(NOMINAL_UM / working / float(np.median(diameters_px)), 1 / working, None)
 
-# %% ../../nbs/50d_quantification.crop.ipynb #9060d2c7
+# %% ../../nbs/50d_quantification.crop.ipynb #12f42e96
 R = TypeVar("R")
 
 
@@ -166,7 +145,7 @@ class Crop:
         if self.scale.zoom > coarsest:
             raise EqError(f"image too coarse: a pixel spans {self.scale.zoom:.1f} working pixels, at most {coarsest:g} are allowed")
 
-# %% ../../nbs/50d_quantification.crop.ipynb #19bfcd1a
+# %% ../../nbs/50d_quantification.crop.ipynb #0e14b987
 def density(
     crop: Crop,  # One glomerulus
 ) -> np.ndarray:  # float32, as the line below says
@@ -186,7 +165,7 @@ def dyes(
 
 GREY = 8  # Channels of a pixel that differ less than this show no colour
 
-# %% ../../nbs/50d_quantification.crop.ipynb #0dfecabc
+# %% ../../nbs/50d_quantification.crop.ipynb #5bfb4699
 def _aligned(box: tuple[int, int, int, int], zoom: float, size: tuple[int, int]) -> tuple[int, int, int, int]:
     "The box grown to whole working pixels, counted from the corner of the image: how pixels are averaged must not depend on where an object lies."
     step = max(1, round(1 / zoom))
@@ -194,7 +173,7 @@ def _aligned(box: tuple[int, int, int, int], zoom: float, size: tuple[int, int])
     bottom, right = (min(n, -(-end // step) * step) for n, end in zip(size, (box[0] + box[2], box[1] + box[3]), strict=True))
     return y, x, bottom - y, right - x
 
-# %% ../../nbs/50d_quantification.crop.ipynb #ad0c7973
+# %% ../../nbs/50d_quantification.crop.ipynb #bdd7ad40
 @dataclass(frozen=True)
 class CropSource:
     "Where crops come from."
@@ -224,7 +203,7 @@ class CropSource:
             mask = cv2.resize(outline.astype(np.float32), size, interpolation=cv2.INTER_AREA if zoom < 1 else cv2.INTER_LINEAR) >= 0.5
         return Crop(rgb, mask, outline, self.white, self.scale, self.stain)
 
-# %% ../../nbs/50d_quantification.crop.ipynb #313df535
+# %% ../../nbs/50d_quantification.crop.ipynb #dc41e6bd
 def white_of_picture(
     image: Picture,  # Any size
     windows: int = 8,  # Along each side
@@ -240,7 +219,7 @@ def white_of_picture(
         found.append(cv2.resize(view, small, interpolation=cv2.INTER_AREA).reshape(-1, 3))
     return white_of(np.concatenate(found)[None])
 
-# %% ../../nbs/50d_quantification.crop.ipynb #10fb4d0a
+# %% ../../nbs/50d_quantification.crop.ipynb #1ba58896
 Measure = Callable[[Crop], Mapping[str, float]]
 _POWERS = {2: ("_um2", "_px2"), 1: ("_um", "_px"), -2: ("_per_um2", "_per_px2")}
 
@@ -274,7 +253,7 @@ class Feature:
 
 FEATURES: Registry[Feature] = Registry("feature")
 
-# %% ../../nbs/50d_quantification.crop.ipynb #3ae4e84a
+# %% ../../nbs/50d_quantification.crop.ipynb #11592c8a
 def register_measure(
     family: str,  # for example "lumen"
     reference: str,  # Paper, standard or library the numbers come from

@@ -6,13 +6,14 @@
 __all__ = ['FULL', 'HUMAN', 'NONE', 'NOT_CALIBRATED', 'Effect', 'EffectPlan', 'contrasts', 'point_contrasts', 'Effects',
            'estimate_effect']
 
-# %% ../../nbs/55_quantification.effect.ipynb #71781fc0
+# %% ../../nbs/55_quantification.effect.ipynb #058e5584
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
 
+from ..core.ordinal import grade_moments
 from ..core.results import Measure, Result
 from .calibration import Calibration
 from .imputation import Herd, draw_animals, read_animals
@@ -21,7 +22,7 @@ from .peers import permutation_test, t_test
 from .pooling import Pooled, Slope, holm, interval, p_value, pool
 from .trial import Trial, read_trial
 
-# %% ../../nbs/55_quantification.effect.ipynb #2b62877d
+# %% ../../nbs/55_quantification.effect.ipynb #31c5784a
 FULL, HUMAN, NONE = "model + human", "human only", "none"  # which noise an interval contains
 
 
@@ -65,7 +66,7 @@ class EffectPlan:
     permutations: int = 9_999  # Where there are too many ways for all
     seed: int = 0  # Fixes draws and permutations
 
-# %% ../../nbs/55_quantification.effect.ipynb #22701479
+# %% ../../nbs/55_quantification.effect.ipynb #f10907ab
 def contrasts(
     herd: Herd,  # Glomeruli of one or more cohorts
     calibrations: Sequence[Calibration],  # One, or one a cohort
@@ -103,7 +104,7 @@ def point_contrasts(
         found.append(Pooled(estimate, variance, df, df, np.zeros_like(df)))
     return found
 
-# %% ../../nbs/55_quantification.effect.ipynb #58eaee43
+# %% ../../nbs/55_quantification.effect.ipynb #854d7a55
 def _one(pooled: Pooled, slope: Slope, frame: Effect) -> Effect:
     "A pooled difference as an Effect; says so when nothing varies or the interval has no end."
     low, high = interval(pooled, slope, frame.level)
@@ -136,7 +137,7 @@ def _peers(trial: Trial, number: int, frame: Effect, plan: EffectPlan) -> list[E
     found.insert(1, replace(told, model="permutation of animals"))
     return found
 
-# %% ../../nbs/55_quantification.effect.ipynb #39904fbb
+# %% ../../nbs/55_quantification.effect.ipynb #bd4a6134
 @dataclass(frozen=True)
 class Effects:
     "Everything that was computed about a trial."
@@ -186,7 +187,7 @@ def estimate_effect(
         if enough:
             draws, points = _one(*full[i], draws), _one(human[i], Slope(), points)
         else:
-            side = [herd.p[np.repeat(herd.group == g, sizes)] @ np.arange(4) for g in (0, i + 1)]
+            side = [grade_moments(herd.p[np.repeat(herd.group == g, sizes)])[0] for g in (0, i + 1)]
             draws = replace(draws, estimate=float(side[1].mean() - side[0].mean()), note=notes[-1])
         shares.append(float(full[i][0].share[0]) if enough else nan)
         found += [draws, points, *_peers(trial, i + 1, frame, plan)]

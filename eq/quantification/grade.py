@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GradeQuality', 'grade_quality', 'GradeResult', 'grade_data', 'grade_glomeruli']
 
-# %% ../../nbs/53_quantification.grade.ipynb #c4adf347
+# %% ../../nbs/53_quantification.grade.ipynb #d56dcc7b
 # pandas' indexing returns what a type checker cannot follow
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 from dataclasses import dataclass
@@ -19,9 +19,10 @@ from ..core.ordinal import OrdinalScores, ordinal_scores
 from ..core.registry import EqError
 from .conformal import SetScores, score_sets
 from .grade_model import GradeOptions, GradingData, fit_grader, grading_data, score_table, subject_folds
+from .panel import LEAST_SHARED
 from .raters import consensus
 
-# %% ../../nbs/53_quantification.grade.ipynb #b50cde7f
+# %% ../../nbs/53_quantification.grade.ipynb #fe614477
 @dataclass(frozen=True)
 class GradeQuality:
     "Grades and sets against a reference, with intervals over animals."
@@ -43,15 +44,17 @@ def grade_quality(
     truth = known.loc[rows["id"]].to_numpy()
     return GradeQuality(ordinal_scores(truth, rows["grade"], rows["subject"], seed=seed), score_sets(rows, truth, rows["subject"], seed=seed))
 
-# %% ../../nbs/53_quantification.grade.ipynb #e86dda7f
+# %% ../../nbs/53_quantification.grade.ipynb #341dd112
 @dataclass(frozen=True)
 class GradeResult:
     "Grades of every glomerulus, how good they are, and how they were made."
 
     scores: pd.DataFrame  # The scores table, in the order of the features
     quality: GradeQuality  # Against the consensus of the people who scored
-    folds: pd.DataFrame  # fold, subjects, params, calibrator, calibrated_rps, threshold, n_calibration
+    folds: pd.DataFrame  # fold, held_out, params, rps, target, calibrator, threshold, note
     notes: tuple[str, ...]  # What a reader must know
+    behind: pd.DataFrame  # Index id, p0 to p3: what features and scores say of the grade of scored glomeruli; empty where people shared too few
+    sets: SetScores | None  # Sets against the grade behind the scores; None where that cannot be known
 
 
 def grade_data(
@@ -64,12 +67,13 @@ def grade_data(
     if len(scored) < 3:
         raise EqError(f"{len(scored)} scored animals ({', '.join(scored)}): grading holds animals out twice; valid: at least 3 animals with scores")
     dealt = subject_folds(data, o.outer, o.seed)
-    parts, rows = [], []
+    parts, rows, behind = [], [], []
     unscored = sorted(set(data.subjects) - set(scored))
     plan = [(str(k), [s for s, f in dealt.items() if f == k]) for k in sorted(set(dealt.values()))]
     for name, held in plan + ([("unscored", unscored)] if unscored else []):
         model = fit_grader(data.of([s for s in scored if s not in held]), o)
         parts.append(score_table(model, data.of(held)))
+        behind.append(model.behind(data.of(held)))
         rows.append({"fold": name, "held_out": ", ".join(held), **_told(model.chosen), "threshold": model.rule.threshold, "note": model.rule.note})
     scores = pd.concat(parts).set_index("id").loc[data.features.index].reset_index()
     folds = pd.DataFrame(rows)
@@ -77,7 +81,26 @@ def grade_data(
     unread = len(data.features) - data.ratings["id"].nunique()
     notes += [f"{unread} of {len(data.features)} glomeruli have no score of a person; they are graded but not counted in the scores"] if unread else []
     notes += [f"no one scored a glomerulus of {', '.join(unscored)}"] if unscored else []
-    return GradeResult(scores, grade_quality(scores, consensus(data.ratings), o.seed), folds, tuple(notes))
+    known = pd.concat(behind)
+    sets = _sets_behind(scores, known, o.seed)
+    notes.append(_about(folds["target"].tolist(), o.target))
+    return GradeResult(scores, grade_quality(scores, consensus(data.ratings), o.seed), folds, tuple(notes), known, sets)
+
+
+def _sets_behind(scores: pd.DataFrame, known: pd.DataFrame, seed: int) -> SetScores | None:
+    "Sets against chances of the grade behind the scores."
+    rows = scores[scores["id"].isin(known.index)].reset_index(drop=True)
+    return None if rows.empty else score_sets(rows, known.loc[rows["id"]].to_numpy(), rows["subject"], seed=seed)
+
+
+def _about(targets: list[str], wanted: str) -> str:
+    "What chances and sets are about, in words."
+    if set(targets) == {"grade"}:
+        what = "the grade behind the scores, what a steady hand with the panel's mean thresholds would say"
+        return f"chances and sets are about {what}; one person's score differs from it more often"
+    few = f"{targets.count('score')} of {len(targets)} folds have fewer than {LEAST_SHARED} glomeruli with two scores"
+    why = "as asked for" if wanted == "score" else few
+    return f"chances and sets are about the next score of a person, whose noise makes sets wide: {why}"
 
 
 def _told(chosen: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@
 __all__ = ['BAND_PX', 'COLUMNS', 'UM_COLUMNS', 'LabelImage', 'ArrayLabels', 'label_bands', 'outline_lengths', 'instance_table',
            'records']
 
-# %% ../../nbs/50_quantification.instances.ipynb #babe4c64
+# %% ../../nbs/50_quantification.instances.ipynb #269aa194
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,21 +16,12 @@ import pandas as pd
 from scipy import ndimage
 
 from ..core.registry import EqError
+from ..data.pixels import ArrayExtent, Extent
 from ..data.pxsize import checked_px_size
 
-# %% ../../nbs/50_quantification.instances.ipynb #e69c434b
-class LabelImage(Protocol):
+# %% ../../nbs/50_quantification.instances.ipynb #b476dd52
+class LabelImage(Extent, Protocol):
     "Whole numbers that can be read by region; a label file opened with `eq.data.io.open_image` is one."
-
-    @property
-    def height(self) -> int:
-        "Rows."
-        ...
-
-    @property
-    def width(self) -> int:
-        "Columns."
-        ...
 
     def read(self, y: int, x: int, h: int, w: int) -> np.ndarray:
         "Labels of a region."
@@ -38,24 +29,12 @@ class LabelImage(Protocol):
 
 
 @dataclass(frozen=True)
-class ArrayLabels:
+class ArrayLabels(ArrayExtent):
     "An array as a label image. Raises EqError for other than (H, W) whole numbers."
-
-    values: np.ndarray
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or self.values.dtype.kind not in "iu" or 0 in self.values.shape:
             raise EqError(f"labels are {self.values.dtype} of shape {self.values.shape}; valid: whole numbers of shape (H, W)")
-
-    @property
-    def height(self) -> int:
-        "Rows."
-        return self.values.shape[0]
-
-    @property
-    def width(self) -> int:
-        "Columns."
-        return self.values.shape[1]
 
     def read(self, y: int, x: int, h: int, w: int) -> np.ndarray:
         "A view of the region."
@@ -78,7 +57,7 @@ def label_bands(
         short = (margin - (y - top), margin - (bottom - y - n))
         yield y, np.pad(rows, (short, (0, 0))) if any(short) else rows
 
-# %% ../../nbs/50_quantification.instances.ipynb #5996acf4
+# %% ../../nbs/50_quantification.instances.ipynb #eb61842d
 _CROSS = ndimage.generate_binary_structure(2, 1)
 _KERNEL = np.array([[10, 2, 10], [2, 1, 2], [10, 2, 10]])
 _LENGTHS = np.zeros(50)
@@ -96,7 +75,7 @@ def outline_lengths(
     code = np.asarray(ndimage.convolve(outline.astype(np.uint8), _KERNEL, mode="constant"), np.intp)
     return _LENGTHS[code[2:-2, 1:-1]] * outline[2:-2, 1:-1]
 
-# %% ../../nbs/50_quantification.instances.ipynb #f12eff8a
+# %% ../../nbs/50_quantification.instances.ipynb #18570586
 COLUMNS = ("label", "y", "x", "area_px2", "perimeter_px", "eq_diameter_px", "top", "left", "bottom", "right", "touches_border")
 UM_COLUMNS = ("area_um2", "perimeter_um", "eq_diameter_um")  # only where the pixel size is known
 
@@ -137,7 +116,7 @@ def _limited(old: np.ndarray | None, values: tuple[np.ndarray, np.ndarray], how:
     (np.minimum if low else np.maximum).at(found, *values)
     return found
 
-# %% ../../nbs/50_quantification.instances.ipynb #82a18e40
+# %% ../../nbs/50_quantification.instances.ipynb #d561343f
 def instance_table(
     labels: LabelImage | np.ndarray,  # 0 background, each object a number of its own
     px_size_um: float | None = None,  # Micrometres per pixel; None leaves out every column in um

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHEET', 'review_queue', 'export_review', 'read_review', 'apply_review', 'review_curve']
 
-# %% ../../nbs/58_quantification.review.ipynb #3fc4969e
+# %% ../../nbs/58_quantification.review.ipynb #c92dab92
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +15,16 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import atomic_write
+from ..core.ordinal import grade_moments
 from ..core.registry import EqError
 from ..data.annotations import write_geojson
 from ..data.io import write_png
 from .calibration import Calibration
 from .effect import EffectPlan, estimate_effect
-from .imputation import GRADES, model_animals, read_animals
+from .imputation import model_animals, read_animals
 from .trial import PROBABILITIES, read_trial
 
-# %% ../../nbs/58_quantification.review.ipynb #cc28c7f7
+# %% ../../nbs/58_quantification.review.ipynb #819a123a
 @dataclass(frozen=True)
 class _Stakes:
     "What the variance of an effect is made of, by animal; unsettled and doubt change as glomeruli are reviewed."
@@ -45,8 +46,7 @@ def _stakes(scores: pd.DataFrame, calibration: Calibration, control: str | None)
     pull = (1 / total / within) ** 2
     sizes = np.diff(np.append(herd.start, len(herd.p)))
     animal = np.repeat(np.arange(len(sizes)), sizes)
-    expected = herd.p @ GRADES
-    variance = np.maximum(herd.p @ GRADES**2 - expected**2, 0)
+    _, variance = grade_moments(herd.p)
     means = [np.average(reading.mean[0][herd.group == g], weights=(1 / total)[herd.group == g]) for g in range(len(trial.groups))]
     slope = (calibration.slope_se / calibration.slope) ** 2 * float(np.mean((np.array(means[1:]) - means[0]) ** 2))
     open_all = np.bincount(animal, herd.weight * (variance + herd.settled))
@@ -90,7 +90,7 @@ def review_queue(
     queue.insert(0, "rank", np.arange(1, len(queue) + 1))
     return queue.assign(rate=queue["gain"] / queue["minutes"])
 
-# %% ../../nbs/58_quantification.review.ipynb #83f19c2d
+# %% ../../nbs/58_quantification.review.ipynb #de2a4790
 SHEET = ["rank", "id", "image", "label", "crop", "geojson_id", "minutes", "score", "reviewer"]
 
 
@@ -159,7 +159,7 @@ def apply_review(
     answers = {str(i): int(s) for i, s in zip(review["id"], review["score"], strict=True)}
     seen = np.array([str(i) in answers for i in out["id"]], bool)
     p = out[PROBABILITIES].to_numpy(float)
-    before = np.maximum(p @ GRADES**2 - (p @ GRADES) ** 2, 0)
+    _, before = grade_moments(p)
     old = out["settled"].fillna(0).to_numpy(float) if "settled" in out else np.zeros(len(out))
     out["settled"] = np.where(seen, np.maximum(old, before), old)
     grade = np.array([answers.get(str(i), 0) for i in out["id"]], int)
@@ -170,7 +170,7 @@ def apply_review(
     out["reason"] = np.where(seen, "reviewed", out["reason"] if "reason" in out else "")
     return out
 
-# %% ../../nbs/58_quantification.review.ipynb #43626865
+# %% ../../nbs/58_quantification.review.ipynb #aacc25de
 def review_curve(
     scores: pd.DataFrame,  # One row a glomerulus, with ids
     truth: Mapping[str, int],  # id to the grade a person would give

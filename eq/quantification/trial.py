@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROBABILITIES', 'CONTROLS', 'Trial', 'choose_control', 'read_trial']
 
-# %% ../../nbs/55f_quantification.trial.ipynb #7d425846
+# %% ../../nbs/55f_quantification.trial.ipynb #ad1ba37c
 from collections import Counter
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ import pandas as pd
 from ..core.registry import EqError, unknown_name
 from .imputation import Herd, make_herd
 
-# %% ../../nbs/55f_quantification.trial.ipynb #86a5e10f
+# %% ../../nbs/55f_quantification.trial.ipynb #692c26d1
 PROBABILITIES = ["p0", "p1", "p2", "p3"]
 CONTROLS = ("control", "ctrl", "vehicle", "untreated", "sham", "placebo", "wt", "wildtype", "wild type", "normal", "healthy")
 
@@ -46,7 +46,7 @@ def choose_control(
         raise EqError(f"which group is the control cannot be told from the names; name it, for example control={groups[0]!r}; groups: {groups}")
     return found[0]
 
-# %% ../../nbs/55f_quantification.trial.ipynb #11c29aee
+# %% ../../nbs/55f_quantification.trial.ipynb #e3ce62a4
 def _usable(scores: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     "Counted rows with scores, and a note on what was left out."
     notes, table = [], scores
@@ -90,7 +90,7 @@ def _checked(scores: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     notes += [f"one animal only in {alone}: how much animals of that group differ is taken from the other groups"] if alone else []
     return table, notes
 
-# %% ../../nbs/55f_quantification.trial.ipynb #06c91bb8
+# %% ../../nbs/55f_quantification.trial.ipynb #2f6cf914
 def read_trial(
     scores: pd.DataFrame,  # One row a glomerulus: subject, group, p0 to p3; weight, grade, id and settled where there are
     control: str | None = None,  # Name of the control group

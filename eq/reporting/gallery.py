@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EDGE', 'GLOMERULUS', 'LUMEN', 'Exhibit', 'exhibit_picture', 'chosen_rows', 'set_text', 'gallery']
 
-# %% ../../nbs/65_reporting.gallery.ipynb #d4602057
+# %% ../../nbs/65_reporting.gallery.ipynb #182eb3e0
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from ..core.registry import EqError
 from .overlay import contact_sheet, draw_outlines
 
-# %% ../../nbs/65_reporting.gallery.ipynb #9a42340a
+# %% ../../nbs/65_reporting.gallery.ipynb #54306498
 EDGE = 192  # pixels of one picture
 GLOMERULUS, LUMEN = (0, 229, 255), (255, 230, 0)  # red, green, blue
 
@@ -54,7 +54,7 @@ def exhibit_picture(
     page[y : y + size[1], x : x + size[0]] = shown
     return page
 
-# %% ../../nbs/65_reporting.gallery.ipynb #ccc3e517
+# %% ../../nbs/65_reporting.gallery.ipynb #01ee5d32
 def chosen_rows(
     scores: pd.DataFrame,  # With `grade` and `expected`
     per_grade: int = 6,  # At most this many of each grade
@@ -74,10 +74,10 @@ def set_text(
 ) -> str:  # "{1, 2}"
     "A prediction set in words."
     if abstained or np.isnan(low) or np.isnan(high):
-        return "no set: left to a person"
+        return "left to a person"
     return "{" + ", ".join(str(g) for g in range(int(low), int(high) + 1)) + "}"
 
-# %% ../../nbs/65_reporting.gallery.ipynb #0525e5f6
+# %% ../../nbs/65_reporting.gallery.ipynb #b7d14015
 def gallery(
     exhibits: Sequence[Exhibit],  # In order
     columns: int = 6,  # Pictures in a row

@@ -7,7 +7,7 @@ __all__ = ['EDGES', 'Outcome', 'NULL', 'EFFECT', 'CHUNK', 'SIZES', 'generator_ha
            'grade_seen', 'Simulated', 'simulate', 'analyse', 'wilson', 'measure_effect', 'scores_table',
            'measure_scale', 'bench_effect']
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #6bb1f518
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #e60fcb2c
 import re
 import subprocess
 import time
@@ -22,18 +22,19 @@ from scipy.special import logit, softmax
 
 from ..core.config import load_config
 from ..core.files import atomic_write, sha256_bytes
+from ..core.ordinal import GRADES, grade_moments
 from ..core.paths import repo_root
 from ..core.registry import EqError
 from ..data.synthetic_kidney import GRADE_EDGES
 from ..quantification.calibration import Calibration, fit_calibration
 from ..quantification.effect import EffectPlan, contrasts, estimate_effect, point_contrasts
-from ..quantification.imputation import GRADES, Herd, make_herd
+from ..quantification.imputation import Herd, make_herd
 from ..quantification.peers import t_test
 from ..quantification.pooling import Pooled, Slope, interval, p_value
 from ..quantification.trial import PROBABILITIES
 from .bench import Row, Sitting, plot_rows
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #2982d480
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #70f5ce77
 def generator_hash() -> tuple[str, int]:  # SHA-256 and number of modules
     "Hash of eq/data/synthetic*.py as of git HEAD, name by name. Raises EqError without git."
     def git(*words: str) -> bytes:
@@ -49,7 +50,7 @@ def generator_hash() -> tuple[str, int]:  # SHA-256 and number of modules
     lines = [f"{sha256_bytes(git('show', f'HEAD:{name}'))}  {name}\n" for name in names]
     return sha256_bytes("".join(lines).encode()), len(names)
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #0d508709
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #53eb6f23
 EDGES = logit(np.array(GRADE_EDGES))
 
 
@@ -99,7 +100,7 @@ def sample(
     human = np.searchsorted(EDGES, true + world.rater * rng.standard_normal(len(animal)), side="right")
     return Sampled(seen, human, np.cumsum(sizes) - sizes)
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #e9e45e6e
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #e060004a
 def fit_grader(
     seen: np.ndarray,  # (N,) what the grader sees
     human: np.ndarray,  # (N,) human grades
@@ -128,7 +129,7 @@ def grade_seen(
     "The grader's answer."
     return softmax(seen[:, None] * GRADES * grader[0] + np.concatenate([[0.0], grader[1:]]), axis=1)
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #b84409b9
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #117784bb
 @dataclass(frozen=True)
 class Simulated:
     "Cohorts with the same number of animals a group, graded."
@@ -155,10 +156,10 @@ def simulate(
         grader = fit_grader(train.seen, train.human)
         p[ends[i] : ends[i + 1]] = grade_seen(grader, drawn.seen[ends[i] : ends[i + 1]])
         animal = np.searchsorted(held.start, np.arange(len(held.seen)), side="right") - 1
-        calibrations.append(fit_calibration(grade_seen(grader, held.seen) @ GRADES, held.human.astype(float), animal))
+        calibrations.append(fit_calibration(grade_moments(grade_seen(grader, held.seen))[0], held.human.astype(float), animal))
     return Simulated(make_herd(p, np.ones(len(p)), drawn.start, group), drawn.human.astype(float), calibrations)
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #3c7d7888
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #d16fc59e
 Outcome = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # p, low, high, estimate; each (cohorts,)
 
 
@@ -200,7 +201,7 @@ def wilson(
     low, high = stats.binomtest(int(hits), n).proportion_ci(method="wilson")
     return float(low), float(high)
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #ca808c91
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #9ee7a801
 NULL, EFFECT = 0.0, 0.8  # shift of the treated group, logit: none, and one worth finding
 CHUNK = 200  # cohorts in memory at once
 
@@ -229,7 +230,7 @@ def measure_effect(
             rows.append((name, f"width_{kind}", float(np.nanmedian(high - low)), np.nan, np.nan))
     return pd.DataFrame(rows, columns=["variant", "metric", "value", "low", "high"])
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #c2e07a53
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #1e726699
 SIZES = (1_250, 2_500, 5_000, 10_000)
 
 
@@ -267,7 +268,7 @@ def measure_scale(
     fits = {what: float(np.polyfit(np.log(sizes), np.log(values), 1)[0]) for what, values in (("seconds", seconds), ("peak", peaks))}
     return rows + [Row("scale", f"exponent_{what}", v) for what, v in fits.items()]
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #62466106
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #0cb20a8d
 def bench_effect(
     sitting: Sitting,  # What to append to
     minutes: float | None = None,  # Not used: the dose is a number of cohorts

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERBS', 'Option', 'Verb', 'add_verb', 'epilog', 'load_verb', 'overview', 'with_options', 'run_verb', 'main']
 
-# %% ../../nbs/70_workflows.cli.ipynb #aee8a6f9
+# %% ../../nbs/70_workflows.cli.ipynb #bebebe12
 import os
 import sys
 import warnings
@@ -22,7 +22,7 @@ from typer.main import get_command
 
 from ..core.registry import EqError, Registry
 
-# %% ../../nbs/70_workflows.cli.ipynb #e1c3f79e
+# %% ../../nbs/70_workflows.cli.ipynb #1ad3b81f
 @dataclass(frozen=True)
 class Verb:
     "A verb of the command, not yet loaded."
@@ -44,8 +44,8 @@ def add_verb(
     "Register a verb. Raises EqError when the name is taken."
     VERBS.register(name)(Verb(module, summary, examples))
 
-# %% ../../nbs/70_workflows.cli.ipynb #402f4a49
-add_verb("demo", "eq.workflows.demo", "Train and test on synthetic images, from nothing to a report.", "eq demo", "eq demo --out outputs/demo --seed 1")
+# %% ../../nbs/70_workflows.cli.ipynb #18d45ef9
+add_verb("demo", "eq.workflows.demo", "From nothing to a treatment effect, on synthetic images.", "eq demo", "eq demo --out outputs/demo --seed 1")
 add_verb(
     "data", "eq.workflows.data", "List, show and organise sources of images; join score sheets.",
     "eq data list", "eq data show em_vnc", "eq data organize glom_pas --out data/glom_pas", "eq data scores sheet.xlsx --source glom_pas --out joined.csv",
@@ -80,7 +80,7 @@ add_verb("plan", "eq.workflows.plan", "Animals, glomeruli and raters that an exp
          "eq plan --effect 0.7 --pilot scores.csv", "eq plan --effect 0.7 --between 0.2 --within 0.5")
 add_verb("verify", "eq.workflows.verify", "Check a run's files against its manifest.", "eq verify outputs/demo")
 
-# %% ../../nbs/70_workflows.cli.ipynb #e7f9dd98
+# %% ../../nbs/70_workflows.cli.ipynb #772bd329
 def epilog(
     examples: tuple[str, ...],  # Commands as typed
 ) -> str:  # Text for the end of a help page
@@ -112,7 +112,7 @@ def overview() -> Any:  # The click command that prints `eq --help`
         app.command(name, help=VERBS[name].summary)(lambda: None)
     return get_command(app)
 
-# %% ../../nbs/70_workflows.cli.ipynb #b49cf615
+# %% ../../nbs/70_workflows.cli.ipynb #500f5057
 Option = tuple[str, Any, Any, Any]  # Name, type, default (`Parameter.empty` for none), what Typer shows
 
 
@@ -126,7 +126,7 @@ def with_options(
     command.__annotations__ = {p.name: p.annotation for p in found}
     return command
 
-# %% ../../nbs/70_workflows.cli.ipynb #a3f169ef
+# %% ../../nbs/70_workflows.cli.ipynb #53b93bd1
 def run_verb(
     args: list[str],  # What was typed after `eq`
 ) -> int:  # Exit code

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['REPORT', 'OPTIONS', 'found_numbers', 'make_study', 'stands', 'command']
 
-# %% ../../nbs/75f_workflows.effect.ipynb #29f21b1e
+# %% ../../nbs/75f_workflows.effect.ipynb #99e55d3e
 from dataclasses import asdict
 from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import typer
 
-import eq.workflows.study_checks  # noqa: F401  # registers its stages behind those of a study
+import eq.workflows.study_checks  # noqa: F401  # registers its stages, and before them those of a study
 from ..core.files import plain
 from ..core.provenance import Run, start_run
 from ..core.registry import EqError
@@ -24,10 +25,10 @@ from ..quantification.grader import GRADERS
 from ..reporting.render import write_report
 from .cli import with_options
 from .stages import Study, run_stages
-from .study import StudyOptions
+from .study import StudyOptions, image_hashes
 from .study_report import study_report
 
-# %% ../../nbs/75f_workflows.effect.ipynb #0dfd37aa
+# %% ../../nbs/75f_workflows.effect.ipynb #8f681829
 REPORT = "report.html"
 
 
@@ -44,13 +45,18 @@ def _checked(options: StudyOptions) -> Cohort:
     return cohort
 
 
-def _inputs(run: Run, options: StudyOptions, cohort: Cohort) -> None:
-    "Hashes of everything that is read."
+def _inputs(run: Run, options: StudyOptions) -> None:
+    "Hashes of everything that is read but the images."
     for path in (options.cohort, *([options.ratings] if options.ratings else []), *(checkpoint_folder(options.model) / n for n in (WEIGHTS, META))):
         run.add_input(path)
+
+
+def _images(run: Run, study: Study, cohort: Cohort) -> None:
+    "The images, with the hashes they had when they were read; slides are not read once more."
+    known = image_hashes(study.tables.get("predictions", pd.DataFrame()))
     for image in dict.fromkeys(cohort.table["image"]):
         if Path(image).exists():  # one that is missing is named by its stage
-            run.add_input(image)
+            run.add_input(image, known.get(str(Path(image).resolve()), ""))
 
 
 def found_numbers(
@@ -61,8 +67,8 @@ def found_numbers(
     if "effects" in study.results:
         made["effect"] = [e.to_dict() for e in study.results["effects"].effects]
     if "grading" in study.results:
-        quality = study.results["grading"].quality
-        made["grades"], made["sets"] = quality.grades.to_dict(), quality.sets.to_dict()
+        grading = study.results["grading"]
+        made["grades"], made["sets"] = grading.quality.grades.to_dict(), (grading.sets or grading.quality.sets).to_dict()
     if "leaks" in study.results:
         made["leaks"] = study.results["leaks"].summary()
     return made
@@ -77,10 +83,10 @@ def make_study(
     "All stages as a run with a manifest. Raises EqError for a request that cannot begin; what fails later is in the report."
     cohort = _checked(options)
     with start_run("effect", out, plain(asdict(options))) as run:
-        _inputs(run, options, cohort)
-        study = Study(run.dir, run.log, plain(asdict(options)))
-        study.results["quiet"] = quiet
+        _inputs(run, options)
+        study = Study(run.dir, run.log, plain(asdict(options)), quiet=quiet)
         run_stages(study)
+        _images(run, study, cohort)
         report = write_report(run.dir / REPORT, study_report(study, title))
         study.book.save(run.dir)
         run.add_metrics(found_numbers(study))
@@ -94,7 +100,7 @@ def stands(
     leaks = study.results.get("leaks")
     return "effects" in study.results and leaks is not None and not leaks.fatal
 
-# %% ../../nbs/75f_workflows.effect.ipynb #ea26d8ba
+# %% ../../nbs/75f_workflows.effect.ipynb #e0ebfff1
 OPTIONS = {
     "cohort": (Path, Parameter.empty, typer.Argument(help="CSV of images with subject and group, one row an image")),
     "model": (Path, Parameter.empty, typer.Option(help="Checkpoint folder that segments glomeruli")),

@@ -6,7 +6,7 @@
 __all__ = ['GATES', 'RESULT', 'expand_images', 'folder_names', 'gate_of', 'gate_columns', 'ImageJob', 'segmenter_of',
            'predict_one', 'attempt', 'finished', 'TileJob', 'tile_jobs', 'stamp_of', 'compute_tiles']
 
-# %% ../../nbs/74a_workflows.image_job.ipynb #95af0b86
+# %% ../../nbs/74a_workflows.image_job.ipynb #7c8bcedc
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from ..core.registry import EqError
 from ..data.annotations import write_geojson
 from ..data.io import Image, find_images, is_image_folder, open_image, readable_suffixes
 from ..inference.gate import REFERENCE, REFUSE, Admission, Gate, admit, load_gate
-from ..inference.segment import Engine, Segmenter, predict_image
+from ..inference.segment import Engine, Prediction, Segmenter, predict_image
 from ..inference.store import TileStore
 from ..inference.tiles import TilePass
 from ..models.checkpoint import META
@@ -29,7 +29,7 @@ from ..quantification.instances import instance_table, records
 from ..quantification.regions import export_rois, outlines
 from ..reporting.overlay import write_overlay
 
-# %% ../../nbs/74a_workflows.image_job.ipynb #a35380ad
+# %% ../../nbs/74a_workflows.image_job.ipynb #aa284e6f
 def expand_images(
     paths: Iterable[Path | str],  # Files and folders
 ) -> list[Path]:  # Files in the order given, those of a folder sorted
@@ -60,7 +60,7 @@ def folder_names(
         taken.add(name.casefold())
     return names
 
-# %% ../../nbs/74a_workflows.image_job.ipynb #aa820162
+# %% ../../nbs/74a_workflows.image_job.ipynb #9a96efe1
 GATES = ("mark", "enforce", "off")  # what a verdict does
 
 
@@ -87,7 +87,7 @@ def gate_columns(
     found = admission.to_dict()  # with None for NaN, as JSON has it
     return {"gate": admission.verdict, "gate_reasons": "; ".join(admission.reasons), "gate_distance": found["distance"]}
 
-# %% ../../nbs/74a_workflows.image_job.ipynb #dfb27bc2
+# %% ../../nbs/74a_workflows.image_job.ipynb #fb977583
 @dataclass(frozen=True)
 class ImageJob:
     "One image and what is wanted of it; can be sent to another process."
@@ -119,11 +119,11 @@ def segmenter_of(
 def _loaded(model: Path, engine: Engine, description: str) -> Segmenter:
     return Segmenter.from_checkpoint(model, engine)
 
-# %% ../../nbs/74a_workflows.image_job.ipynb #09aae41d
-def _describe_objects(image: Image, labels_file: Path, folder: Path, job: ImageJob) -> tuple[pd.DataFrame, list[str]]:
+# %% ../../nbs/74a_workflows.image_job.ipynb #6686ca0d
+def _describe_objects(image: Image, found: Prediction, folder: Path, job: ImageJob) -> tuple[pd.DataFrame, list[str]]:
     "Table, outlines, overlay and crops of one prediction. Returns the table and what could not be done."
-    labels, name = open_image(labels_file, image.px_size_um), segmenter_of(job.model, job.engine).meta.classes[0]
-    table = instance_table(labels, image.px_size_um)
+    labels, name = open_image(found.labels, image.px_size_um), segmenter_of(job.model, job.engine).meta.classes[0]
+    table = instance_table(labels, image.px_size_um, border_px=round(found.factor))  # an outline can stop one working pixel short
     with atomic_write(folder / "instances.csv") as temp:
         table.to_csv(temp, index=False)
     collection, too_large = outlines(labels, table, image.px_size_um, name)
@@ -156,7 +156,7 @@ def predict_one(
         return {"image": str(image.path), "folder": "", "status": "refused", **verdict, "sha256": image.sha256, "note": ""}
     with staged_folder(job.final) as folder:
         found = predict_image(image, segmenter_of(job.model, job.engine), folder, job.probability, progress, job.tiles)
-        table, problems = _describe_objects(image, found.labels, folder, job)
+        table, problems = _describe_objects(image, found, folder, job)
         um = {"area_um2": float(table["area_um2"].to_numpy().sum())} if image.px_size_um is not None else {}
         ledger = found.ledger
         tiles = {"tiles_planned": ledger.planned, "tiles_done": ledger.done, "tiles_refused": len(ledger.refused), "tiles_skipped": ledger.skipped}
@@ -166,7 +166,7 @@ def predict_one(
         write_json(folder / RESULT, row)
     return row
 
-# %% ../../nbs/74a_workflows.image_job.ipynb #162d2c1b
+# %% ../../nbs/74a_workflows.image_job.ipynb #49ee08bf
 def attempt(
     job: ImageJob,  # What
     progress: Callable[[int], object] = lambda n: None,  # Told of tiles that are dealt with
@@ -196,7 +196,7 @@ def finished(
         return None
     return row
 
-# %% ../../nbs/74a_workflows.image_job.ipynb #9454ea88
+# %% ../../nbs/74a_workflows.image_job.ipynb #2dbc8914
 @dataclass(frozen=True)
 class TileJob:
     "Some tiles of one image."

@@ -6,7 +6,7 @@
 __all__ = ['REQUEST', 'OPTIONS', 'PredictRequest', 'PredictResult', 'same_request', 'predict_images', 'chosen_engine',
            'requested', 'command']
 
-# %% ../../nbs/74_workflows.predict.ipynb #c1df9a2c
+# %% ../../nbs/74_workflows.predict.ipynb #bc3348ea
 import os
 import shutil
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ from .batch import ENGINES, Cluster, Mapper
 from .cli import with_options
 from .image_job import GATES, ImageJob, TileJob, attempt, compute_tiles, expand_images, folder_names, gate_of, segmenter_of, tile_jobs
 
-# %% ../../nbs/74_workflows.predict.ipynb #577dc47a
+# %% ../../nbs/74_workflows.predict.ipynb #e3816a36
 @dataclass(frozen=True)
 class PredictRequest:
     "What to predict with what."
@@ -63,7 +63,7 @@ class PredictResult:
     table: pd.DataFrame  # summary.csv: one row an image
     failed: tuple[str, ...]  # Images that could not be predicted
 
-# %% ../../nbs/74_workflows.predict.ipynb #2d258d03
+# %% ../../nbs/74_workflows.predict.ipynb #0a859b28
 REQUEST = "request.json"
 
 
@@ -82,11 +82,12 @@ def same_request(
         raise EqError(f"{folder} was begun with other settings: {'; '.join(differ)}; resume with those, or choose a new folder")
 
 
-def _jobs(request: PredictRequest, folder: Path) -> list[ImageJob]:
+def _jobs(request: PredictRequest) -> list[ImageJob]:
+    "A job for each image, with the name of its folder in a run."
     paths, model = expand_images(request.images), checkpoint_folder(request.model)
     names = folder_names(paths)
     wanted = (model, request.engine, request.px_size_um, request.rois, request.probability, request.gate)
-    return [ImageJob(p, folder / n, *wanted) for p, n in zip(paths, names, strict=True)]
+    return [ImageJob(p, Path(n), *wanted) for p, n in zip(paths, names, strict=True)]
 
 
 def _count_tiles(jobs: list[ImageJob]) -> int:
@@ -100,7 +101,7 @@ def _count_tiles(jobs: list[ImageJob]) -> int:
             continue  # it will be listed as failed when its turn comes
     return total
 
-# %% ../../nbs/74_workflows.predict.ipynb #8e51fe81
+# %% ../../nbs/74_workflows.predict.ipynb #2c1cff0d
 def _report(rows: list[dict[str, Any]], run: Run) -> pd.DataFrame:
     "Writes summary.csv and what the manifest says."
     table = pd.DataFrame([{k: v for k, v in row.items() if k != "ledger"} for row in rows])
@@ -140,7 +141,7 @@ def _warn(rows: list[dict[str, Any]], run: Run) -> None:
     if refused := {row["folder"]: row["tiles_refused"] for row in done if row["tiles_refused"]}:
         run.log.warning("tiles were refused, see the ledgers in manifest.json", **refused)
 
-# %% ../../nbs/74_workflows.predict.ipynb #2f5a9ad3
+# %% ../../nbs/74_workflows.predict.ipynb #ef29d2e3
 def _cut_up(jobs: list[ImageJob], run: Mapper, bar: Any) -> None:
     "Where there are workers, the tiles of large slides are done first, each by whoever is free."
     pieces: list[TileJob] = [piece for job in jobs for piece in tile_jobs(job)]
@@ -180,7 +181,7 @@ def predict_images(
     request: PredictRequest,  # What to predict with what
 ) -> PredictResult:  # Also when images failed; look at `failed`
     "Segments images into a run folder. Raises EqError for a checkpoint, an engine or a folder that cannot be used, and on a full disk."
-    _jobs(request, Path())
+    planned = _jobs(request)
     ENGINES[request.cluster.engine]
     if request.px_size_um is not None:
         checked_px_size(request.px_size_um)
@@ -189,7 +190,7 @@ def predict_images(
     gate = gate_of(checkpoint_folder(request.model), request.engine.device) if request.gate != "off" else None
     with start_run("predict", request.out, params, resume=request.resume) as run:
         same_request(run.dir, params)
-        jobs = _jobs(request, run.dir)
+        jobs = [replace(job, final=run.dir / job.final) for job in planned]
         for name in (WEIGHTS, META, *((BANK, REFERENCE) if gate else ())):
             run.add_input(checkpoint_folder(request.model) / name)
         with tqdm(total=_count_tiles(jobs), desc="predicting", unit="tile", disable=request.quiet or None) as bar:
@@ -199,7 +200,7 @@ def predict_images(
         table = _report(rows, run)
     return PredictResult(run.dir, table, tuple(row["image"] for row in rows if row["status"] == "failed"))
 
-# %% ../../nbs/74_workflows.predict.ipynb #3c3ca70b
+# %% ../../nbs/74_workflows.predict.ipynb #1684dd4b
 def chosen_engine(
     device: str | None = None,  # None: as in params.yaml
     precision: str | None = None,  # None: as in params.yaml
@@ -238,7 +239,7 @@ def requested(
     plain_ones = {k: given[k] for k in ("model", "out", "px_size_um", "rois", "probability", "gate", "resume")}
     return PredictRequest(tuple(given["images"]), engine=engine, cluster=cluster, **plain_ones)
 
-# %% ../../nbs/74_workflows.predict.ipynb #50231680
+# %% ../../nbs/74_workflows.predict.ipynb #9b5461db
 def command(
     **given: Any,  # A value for each of OPTIONS
 ) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLES', 'PIXELS', 'PLACES', 'Replay', 'REPLAYS', 'check_receipts', 'compare_studies', 'replay_effect', 'replay']
 
-# %% ../../nbs/79d_workflows.replay.ipynb #0e4057c6
+# %% ../../nbs/79d_workflows.replay.ipynb #17eb4e92
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..core.receipts import COLUMN, Receipts, check_book, check_table, differenc
 from ..core.registry import EqError, Registry
 from .stages import Study, run_stages
 
-# %% ../../nbs/79d_workflows.replay.ipynb #986a4f03
+# %% ../../nbs/79d_workflows.replay.ipynb #5949abf4
 TABLES = {"predictions": "image", "glomeruli": "id", "features": "id", "ratings": "rating", "grades": "id", "effect": "effect", "sensitivity": "what"}
 
 
@@ -34,7 +34,7 @@ def check_receipts(
         elif lost := [r for r in book if r.kind == name]:
             yield BrokenLink(f"{name}.csv", f"{len(lost)} rows", "missing")
 
-# %% ../../nbs/79d_workflows.replay.ipynb #475aa5f4
+# %% ../../nbs/79d_workflows.replay.ipynb #6f371034
 PIXELS = ("image", "model", "crop", "mask")
 PLACES = ("folder", "seconds", "note", COLUMN)  # differ from run to run and mean nothing
 
@@ -74,8 +74,7 @@ def replay_effect(
     "Receipts, then the whole study from the bytes of its images."
     yield from check_receipts(folder)
     with TemporaryDirectory(prefix="eq-replay-") as tmp:
-        again = Study(Path(tmp), Logger(Path(tmp) / "log.jsonl"), params)
-        again.results["quiet"] = True
+        again = Study(Path(tmp), Logger(Path(tmp) / "log.jsonl"), params, quiet=True)
         run_stages(again)
         yield from compare_studies(Receipts.load(folder), folder, again)
         again.log.close()

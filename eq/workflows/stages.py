@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'Study', 'write_table', 'keep_table', 'Stage', 'add_stage', 'why_missing', 'run_stages']
 
-# %% ../../nbs/75b_workflows.stages.ipynb #c8f91af6
+# %% ../../nbs/75b_workflows.stages.ipynb #3367944b
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..core.logs import Logger
 from ..core.receipts import Receipts, stamp_table
 from ..core.registry import EqError, Registry
 
-# %% ../../nbs/75b_workflows.stages.ipynb #52ed52f3
+# %% ../../nbs/75b_workflows.stages.ipynb #cfcfecee
 @dataclass
 class Study:
     "A study in the making."
@@ -31,6 +31,7 @@ class Study:
     results: dict[str, Any] = field(default_factory=dict)  # Name to result
     problems: dict[str, str] = field(default_factory=dict)  # Stage to why it could not be made
     notes: list[str] = field(default_factory=list)  # What a reader must know
+    quiet: bool = False  # No progress bar
 
     def has(
         self,
@@ -48,7 +49,7 @@ class Study:
             self.notes.append(text)
             self.log.warning(text)
 
-# %% ../../nbs/75b_workflows.stages.ipynb #a5269cc7
+# %% ../../nbs/75b_workflows.stages.ipynb #6bc26231
 def write_table(
     folder: Path,  # Where
     name: str,  # Without suffix
@@ -76,7 +77,7 @@ def keep_table(
     study.tables[name] = made
     return made
 
-# %% ../../nbs/75b_workflows.stages.ipynb #fe448129
+# %% ../../nbs/75b_workflows.stages.ipynb #0fbe9e57
 @dataclass(frozen=True)
 class Stage:
     "One step of a study."

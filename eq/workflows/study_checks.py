@@ -5,31 +5,25 @@
 # %% auto #0
 __all__ = ['LEVELS', 'MAX_PX', 'NO_EFFECT', 'regraded', 'sensitivity_stage', 'review_stage']
 
-# %% ../../nbs/75d_workflows.study_checks.ipynb #72e46544
+# %% ../../nbs/75d_workflows.study_checks.ipynb #beb2922a
 # pandas' indexing returns what a type checker cannot follow
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 from collections.abc import Mapping
-from functools import partial
 
 import numpy as np
 import pandas as pd
 
 from ..core.registry import EqError
 from ..data.io import open_image
-from ..quantification.calibration import calibrate
-from ..quantification.counting import CountingRules, count_instances
 from ..quantification.effect import EffectPlan
-from ..quantification.features import FeatureOptions, feature_table
-from ..quantification.grade import grade_glomeruli
-from ..quantification.grade_model import GradeOptions, usable_features
-from ..quantification.instances import instance_table, records
-from ..quantification.raters import consensus
+from ..quantification.instances import records
 from ..quantification.review import export_review, review_queue
 from ..quantification.sensitivity import measure_sensitivity
 from .stages import Study, add_stage, keep_table
-from .study import calibration_of, opened, options_of
+from .study import count_glomeruli, measure_glomeruli, opened, options_of
+from .study_effect import grade_study
 
-# %% ../../nbs/75d_workflows.study_checks.ipynb #d5d5f72f
+# %% ../../nbs/75d_workflows.study_checks.ipynb #323b5eab
 LEVELS = (0.85, 0.7)
 MAX_PX = 2**28  # labels of all images are held in memory at once
 NO_EFFECT = "there is no clear effect, so there is no conclusion that wrong outlines could overturn"
@@ -38,31 +32,12 @@ NO_EFFECT = "there is no clear effect, so there is no conclusion that wrong outl
 def regraded(
     study: Study,  # With ratings
     labels: Mapping[str, np.ndarray],  # Image to its objects
-) -> pd.DataFrame:  # A scores table
-    "Features and grades for other labels of the same images. Raises EqError where too little is left to grade."
-    o, parts, tables = options_of(study), [], []
-    old = study.tables["glomeruli"]
-    who = {str(i): (s, g) for i, s, g in zip(old["image"], old["subject"], old["group"], strict=True)}
-    for row, image, _ in opened(study):
-        name = str(row["image"])
-        if name not in labels or not labels[name].any():
-            continue
-        found = count_instances(labels[name], instance_table(labels[name], image.px_size_um), CountingRules(rule=o.rule))
-        found = pd.DataFrame(found[found["status"] == "counted"])
-        if found.empty:
-            continue
-        stem = name.replace("\\", "/").rsplit("/", 1)[-1].rsplit(".", 1)[0]
-        found = found.assign(id=[f"{stem}#{n}" for n in found["label"]], subject=who[name][0], group=who[name][1])
-        tables.append(found)
-        parts.append(feature_table(image, labels[name], found, o.features, FeatureOptions(stain=o.stain)))
-    if not parts:
+) -> pd.DataFrame:  # A scores table with weights
+    "Counts, features and grades for other labels of the same images. Raises EqError where too little is left to grade."
+    table = count_glomeruli(study, labels)
+    if table.empty:
         raise EqError("no glomerulus is left to grade")
-    usable, _ = usable_features(pd.concat(parts, ignore_index=True))
-    glomeruli = pd.concat(tables, ignore_index=True).set_index("id").loc[usable.index].reset_index()
-    ratings = study.tables["ratings"]
-    known = ratings[ratings["id"].isin(usable.index)][["id", "rater", "score"]]
-    quick = GradeOptions(model="proportional_odds", outer=4, inner=3, seed=o.seed)
-    return grade_glomeruli(usable, glomeruli, known, quick).scores.assign(weight=1.0)
+    return grade_study(study, measure_glomeruli(study, table, labels), table).scores
 
 
 @add_stage("sensitivity", needs=("effect",))
@@ -76,26 +51,24 @@ def sensitivity_stage(
     if (size := sum(found.height * found.width for _, _, found in opened(study))) > MAX_PX:
         raise EqError(f"{size / 1e6:.0f} million pixels of labels are too many to be changed and measured again; valid: up to {MAX_PX / 1e6:.0f} million")
     labels = {str(row["image"]): found.read(0, 0, found.height, found.width).astype(np.int32) for row, _, found in opened(study)}
-    base = regraded(study, labels)
-    human = consensus(study.tables["ratings"][["id", "rater", "score"]])
-    try:
-        calibration = calibrate(base.assign(score=base["id"].map(human)))
-    except EqError:
-        calibration = None
+
+    def regrade(made: Mapping[str, np.ndarray]) -> pd.DataFrame:
+        return study.tables["grades"] if made is labels else regraded(study, made)
+
     plan = EffectPlan(o.control, o.draws, seed=o.seed)
-    found = measure_sensitivity(labels, partial(regraded, study), LEVELS, calibration, plan)
+    found = measure_sensitivity(labels, regrade, LEVELS, study.results["calibration"], plan)
     study.results["sensitivity"] = found
     made = found.table.assign(what=[f"{r['kind']} {r['dice']:.3f}" for r in records(found.table)])
     keep_table(study, "sensitivity", made, [study.tables["effect"]["receipt"].tolist()] * len(made), "what")
 
-# %% ../../nbs/75d_workflows.study_checks.ipynb #11bf8479
-@add_stage("review", needs=("grades",))
+# %% ../../nbs/75d_workflows.study_checks.ipynb #431b012b
+@add_stage("review", needs=("grades", "calibration"))
 def review_stage(
     study: Study,  # In the making
 ) -> None:
     "Glomeruli whose review would sharpen the effect most."
     grades = study.tables["grades"]
-    queue = review_queue(grades, calibration_of(study), options_of(study).control)
+    queue = review_queue(grades, study.results["calibration"], options_of(study).control)
     where = study.tables["glomeruli"].set_index("id")
     folders = {str(r["image"]): study.folder / "predictions" / r["folder"] / "rois" for r in records(study.tables["predictions"])}
     crops = {}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['answer_of', 'exhibits_of', 'study_checks', 'study_report']
 
-# %% ../../nbs/75e_workflows.study_report.ipynb #6ae0e702
+# %% ../../nbs/75e_workflows.study_report.ipynb #08f50476
 # pandas' indexing returns what a type checker cannot follow
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ from .outcome import SYNTHETIC
 from .stages import Study
 from .study import opened, options_of, the_cohort
 
-# %% ../../nbs/75e_workflows.study_report.ipynb #8b802015
+# %% ../../nbs/75e_workflows.study_report.ipynb #64cb0069
 def answer_of(
     effect: Effect,  # To be reported
 ) -> str:  # One sentence
@@ -43,12 +43,12 @@ def answer_of(
     said = f"Glomeruli of {group} are graded {abs(effect.estimate):.2f} {way} than those of {control}"
     if effect.low != effect.low:
         return f"{said}; {effect.note or 'no interval can be given'}."
-    ends = f"{effect.level:.0%} interval {effect.low:+.2f} to {effect.high:+.2f}, {effect.n_animals} animals"
+    ends = f"{100 * effect.level:.0f} % interval {effect.low:+.2f} to {effect.high:+.2f}, {effect.n_animals} animals"
     if effect.low <= 0 <= effect.high:
         return f"No effect is shown: {said[0].lower()}{said[1:]} ({ends}), and an effect anywhere in that interval fits these animals."
     return f"{said} ({ends})."
 
-# %% ../../nbs/75e_workflows.study_report.ipynb #5ffe28ea
+# %% ../../nbs/75e_workflows.study_report.ipynb #b813fd5e
 def exhibits_of(
     study: Study,  # With grades
     per_grade: int = 6,  # At most this many of each grade
@@ -74,14 +74,15 @@ def exhibits_of(
             shown[str(one["id"])] = (crop.rgb, crop.mask, lumen)
     return [Exhibit(*shown[str(r["id"])], title=f"grade {r['grade']}  {set_text(r['low'], r['high'], bool(r['abstained']))}") for r in records(rows)]
 
-# %% ../../nbs/75e_workflows.study_report.ipynb #5406b228
+# %% ../../nbs/75e_workflows.study_report.ipynb #3588da43
 def _quality(study: Study) -> Iterator[Check]:
     "Checks of the grader."
     if "grading" not in study.results:
         return
-    found = study.results["grading"].quality
-    sets, qwk = found.sets, found.grades.qwk
-    yield Check("prediction sets hold the people's grade in 9 of 10 glomeruli", sets.coverage.estimate >= 0.9, _said(sets.coverage))
+    grading = study.results["grading"]
+    sets, qwk = grading.sets or grading.quality.sets, grading.quality.grades.qwk
+    what = "the grade behind people's scores" if grading.sets else "the people's grade"
+    yield Check(f"prediction sets hold {what} in 9 of 10 glomeruli", sets.coverage.estimate >= 0.9, _said(sets.coverage))
     yield Check("a set is narrow enough to be of use (2 grades or fewer, 15 % abstained or fewer)",
                 sets.mean_size.estimate <= 2 and sets.abstained.estimate <= 0.15, f"mean size {sets.mean_size.estimate:.2f}, {sets.abstained.estimate:.0%} abstained")
     if "agreement" in study.results and np.isfinite(people := study.results["agreement"].mutual_qwk):
@@ -111,12 +112,12 @@ def study_checks(
         made.append(Check("nothing leaks between animals, groups and the training of the network", not report.fatal, report.summary()))
     made += list(_quality(study))
     if "effects" in study.results:
-        calibrated = not any("not calibrated" in n for n in study.notes)
+        calibrated = study.results.get("calibration") is not None
         made.append(Check("the grader's error at the level of animals is known", calibrated, "" if calibrated else "see the notes"))
         made.append(Check("every stage could be made", not set(study.problems) - {"sensitivity"}, "; ".join(study.problems)))
     return tuple(made)
 
-# %% ../../nbs/75e_workflows.study_report.ipynb #648f717e
+# %% ../../nbs/75e_workflows.study_report.ipynb #3e0300e8
 def _stats(study: Study, receipts: dict[str, str]) -> tuple[Stat, ...]:
     "The numbers behind the answer, each with its receipt."
     made = []
