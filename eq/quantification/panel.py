@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEAST_SHARED', 'EDGE', 'severity', 'score_matrix', 'shared_count', 'PanelModel', 'fit_panel']
 
-# %% ../../nbs/53ea_quantification.panel.ipynb #eb694a84
+# %% ../../nbs/53ea_quantification.panel.ipynb #62c35fc0
 # pandas' indexing returns what a type checker cannot follow
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from ..core.registry import EqError
 from .agreement import checked_ratings
 from .grader import grade_chances
 
-# %% ../../nbs/53ea_quantification.panel.ipynb #0d2c98bb
+# %% ../../nbs/53ea_quantification.panel.ipynb #62633ccb
 LEAST_SHARED = 20  # Glomeruli with two scores below which the noise of people is not estimated
 EDGE = 5e-3  # No chance counts as certain
 
@@ -49,7 +49,7 @@ def shared_count(
     "How many glomeruli two or more people scored."
     return int((ratings.groupby("id")["rater"].nunique() > 1).sum())
 
-# %% ../../nbs/53ea_quantification.panel.ipynb #8ab7afe8
+# %% ../../nbs/53ea_quantification.panel.ipynb #b0f4d5c6
 _GRID = np.linspace(-9.0, 9.0, 121)  # Where severities are thought of
 _STEP = float(_GRID[1] - _GRID[0])
 _RATER_SD = np.array([0.5, 0.3, 0.3, 0.3, 0.3])  # How raters may differ: bias, three thresholds, log of the error
@@ -107,7 +107,7 @@ def _log_scores(table: np.ndarray, scores: np.ndarray) -> np.ndarray:
     blank = np.concatenate([table, np.zeros((len(table), 1, len(_GRID)))], 1)  # -1 picks the last
     return sum((blank[r][scores[:, r]] for r in range(len(table))), np.zeros((len(scores), len(_GRID))))
 
-# %% ../../nbs/53ea_quantification.panel.ipynb #5789b36d
+# %% ../../nbs/53ea_quantification.panel.ipynb #807c00ba
 @dataclass(frozen=True)
 class _Free:
     "The free numbers under their names."
@@ -137,7 +137,7 @@ def _penalty(free: np.ndarray) -> tuple[float, np.ndarray]:
     sd = np.concatenate([[1.0, 0.5, np.inf, 1.0, 1.0], np.tile(_RATER_SD, (len(free) - 5) // 5)])
     return float(((free / sd) ** 2).sum()) / 2, free / sd**2
 
-# %% ../../nbs/53ea_quantification.panel.ipynb #7d5d32ca
+# %% ../../nbs/53ea_quantification.panel.ipynb #a1b962b1
 def _loss(free: np.ndarray, answer: np.ndarray, hot: np.ndarray) -> tuple[float, np.ndarray]:
     "Minus log likelihood and its gradient; hot is (raters, 4, n), 1 where the rater gave the score."
     f = _Free.of(free)
