@@ -7,7 +7,7 @@ __all__ = ['Labels', 'TRUE_COLUMNS', 'ANIMALS', 'FIELDS', 'HELD_OUT', 'OUT', 'VA
            'table_case', 'painted_case', 'interval_rows', 'steps_up', 'grade_rows', 'network_labels', 'feature_measure',
            'bench_grade', 'draw_grades']
 
-# %% ../../nbs/77h_workflows.bench_grade.ipynb #5df85ac6
+# %% ../../nbs/77h_workflows.bench_grade.ipynb #cdf2b42b
 # pandas' indexing returns what a type checker cannot follow
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportReturnType=false
 from collections.abc import Callable, Set
@@ -36,7 +36,7 @@ from ..quantification.raters import agree
 from .bench import Row, Sitting, plot_rows
 from .bench_sclerosis import Measure, sclerosis_rows, whole_columns
 
-# %% ../../nbs/77h_workflows.bench_grade.ipynb #2fdab008
+# %% ../../nbs/77h_workflows.bench_grade.ipynb #74eb7c7f
 Labels = Callable[[np.ndarray, str], np.ndarray]  # (rgb, image stem) to (H, W) int labels
 TRUE_COLUMNS = ("id", "subject", "group", "swelling", "grade")
 
@@ -60,7 +60,7 @@ def table_case(
     table = simulate_table(TableDesign(animals=animals, glomeruli=(4, 8)), seed)
     return GradeCase("table", table.set_index("id")[list(FEATURES)], table[list(TRUE_COLUMNS)])
 
-# %% ../../nbs/77h_workflows.bench_grade.ipynb #0da2688e
+# %% ../../nbs/77h_workflows.bench_grade.ipynb #de720623
 def painted_case(
     cohort: Path,  # cohort.csv of `eq.data.synthetic.write_kidney_design`
     labels: Labels,  # How glomeruli are outlined
@@ -89,7 +89,7 @@ def painted_case(
         rows += [(f"{stem}#{p}", field["subject"], field["group"], s, g) for (p, _), s, g in zip(inside, told["swelling"], told["grade"], strict=True)]
     return GradeCase(name, whole_columns(pd.concat(features).rename_axis("id")), pd.DataFrame(rows, columns=list(TRUE_COLUMNS)), missed, invented)
 
-# %% ../../nbs/77h_workflows.bench_grade.ipynb #af27d67c
+# %% ../../nbs/77h_workflows.bench_grade.ipynb #aca1a9b3
 def interval_rows(
     variant: str,  # What was measured
     found: dict[str, Interval],  # Metric to interval
@@ -114,7 +114,7 @@ def steps_up(
 
 
 
-# %% ../../nbs/77h_workflows.bench_grade.ipynb #5eca2f35
+# %% ../../nbs/77h_workflows.bench_grade.ipynb #8e5f778f
 def grade_rows(
     case: GradeCase,  # Glomeruli with features and truth
     options: GradeOptions,  # How to grade
@@ -140,7 +140,7 @@ def grade_rows(
     found |= {k: getattr(real.sets, k) for k in ("coverage", "answered_coverage", "mean_size", "abstained")}
     return interval_rows(variant, found, str(seed)) + [Row(variant, k, round(v, 4), seed=str(seed)) for k, v in values.items() if np.isfinite(v)]
 
-# %% ../../nbs/77h_workflows.bench_grade.ipynb #9083d513
+# %% ../../nbs/77h_workflows.bench_grade.ipynb #497cf3d2
 def network_labels(
     folder: Path,  # A checkpoint
     keep: Path | None = None,  # Where outlines are kept, so that a bench that was cut short goes on; None: nowhere
@@ -186,7 +186,7 @@ def _segmenter(folder: Path, minutes: float, seed: int) -> Path:
         return folder
     return train_segmentation(TrainRequest("glom", "synthetic_kidney", folder, values={"minutes": minutes, "seed": seed})).folder
 
-# %% ../../nbs/77h_workflows.bench_grade.ipynb #5dc5d36c
+# %% ../../nbs/77h_workflows.bench_grade.ipynb #8099b95b
 ANIMALS, FIELDS = 24, 3  # Fields a section; two sections an animal
 HELD_OUT = range(200, 220)  # Seeds of tables
 OUT = GradeOptions(outer=ANIMALS)  # Leave one animal out
@@ -228,7 +228,7 @@ def draw_grades(
     path: Path,  # PNG
 ) -> Path:  # The same
     "Agreement with the true grade, and what sets are worth, a dot a seed, its newest row; chance decides nothing here, so runs may be mixed."
-    shown = rows[rows["metric"].isin(SHOWN)].drop_duplicates(["variant", "metric", "seed"], keep="last")
+    shown = pd.DataFrame(rows[rows["metric"].isin(SHOWN)]).drop_duplicates(["variant", "metric", "seed"], keep="last")
     order = shown["variant"].map({name: i for i, name in enumerate(NAMES)}).fillna(len(NAMES))
     with atomic_write(path) as temp:
         plot_rows(shown.iloc[order.argsort(kind="stable")], list(SHOWN)).savefig(temp, format="png", dpi=130)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REPORT', 'OPTIONS', 'found_numbers', 'make_study', 'stands', 'command']
 
-# %% ../../nbs/75f_workflows.effect.ipynb #99e55d3e
+# %% ../../nbs/75f_workflows.effect.ipynb #58d06474
 from dataclasses import asdict
 from inspect import Parameter
 from pathlib import Path
@@ -28,7 +28,7 @@ from .stages import Study, run_stages
 from .study import StudyOptions, image_hashes
 from .study_report import study_report
 
-# %% ../../nbs/75f_workflows.effect.ipynb #8f681829
+# %% ../../nbs/75f_workflows.effect.ipynb #d896de7a
 REPORT = "report.html"
 
 
@@ -38,7 +38,7 @@ def _checked(options: StudyOptions) -> Cohort:
     lacking = [c for c in ("subject", "group") if (cohort.table[c].astype(str).str.strip() == "").any()]
     if lacking:
         raise EqError(f"{options.cohort}: the column {lacking[0]} is empty in some rows; every image needs its animal and its group")
-    RULES[options.rule], GRADERS[options.grader]
+    _ = RULES[options.rule], GRADERS[options.grader]
     if options.ratings is not None and not Path(options.ratings).is_file():
         raise EqError(f"no sheet of grades at {options.ratings}")
     checkpoint_folder(options.model)
@@ -100,7 +100,7 @@ def stands(
     leaks = study.results.get("leaks")
     return "effects" in study.results and leaks is not None and not leaks.fatal
 
-# %% ../../nbs/75f_workflows.effect.ipynb #e0ebfff1
+# %% ../../nbs/75f_workflows.effect.ipynb #9cef951c
 OPTIONS = {
     "cohort": (Path, Parameter.empty, typer.Argument(help="CSV of images with subject and group, one row an image")),
     "model": (Path, Parameter.empty, typer.Option(help="Checkpoint folder that segments glomeruli")),
