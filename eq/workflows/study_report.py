@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['answer_of', 'exhibits_of', 'study_checks', 'study_report']
 
-# %% ../../nbs/75e_workflows.study_report.ipynb #08f50476
+# %% ../../nbs/75e_workflows.study_report.ipynb #ee9537b9
 # pandas' indexing returns what a type checker cannot follow
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ from ..core.receipts import stamp_number
 from ..core.registry import EqError
 from ..core.results import Interval
 from ..data.pxsize import checked_px_size
+from ..quantification.agreement import COEFFICIENTS
 from ..quantification.crop import CropSource, scale_of, white_of_picture
 from ..quantification.effect import Effect
 from ..quantification.instances import records
@@ -31,7 +32,7 @@ from .outcome import SYNTHETIC
 from .stages import Study
 from .study import opened, options_of, the_cohort
 
-# %% ../../nbs/75e_workflows.study_report.ipynb #64cb0069
+# %% ../../nbs/75e_workflows.study_report.ipynb #f5dc47a6
 def answer_of(
     effect: Effect,  # To be reported
 ) -> str:  # One sentence
@@ -48,7 +49,7 @@ def answer_of(
         return f"No effect is shown: {said[0].lower()}{said[1:]} ({ends}), and an effect anywhere in that interval fits these animals."
     return f"{said} ({ends})."
 
-# %% ../../nbs/75e_workflows.study_report.ipynb #b813fd5e
+# %% ../../nbs/75e_workflows.study_report.ipynb #69288e66
 def exhibits_of(
     study: Study,  # With grades
     per_grade: int = 6,  # At most this many of each grade
@@ -74,7 +75,7 @@ def exhibits_of(
             shown[str(one["id"])] = (crop.rgb, crop.mask, lumen)
     return [Exhibit(*shown[str(r["id"])], title=f"grade {r['grade']}  {set_text(r['low'], r['high'], bool(r['abstained']))}") for r in records(rows)]
 
-# %% ../../nbs/75e_workflows.study_report.ipynb #3588da43
+# %% ../../nbs/75e_workflows.study_report.ipynb #d7edb8c5
 def _quality(study: Study) -> Iterator[Check]:
     "Checks of the grader."
     if "grading" not in study.results:
@@ -113,11 +114,11 @@ def study_checks(
     made += list(_quality(study))
     if "effects" in study.results:
         calibrated = study.results.get("calibration") is not None
-        made.append(Check("the grader's error at the level of animals is known", calibrated, "" if calibrated else "see the notes"))
+        made.append(Check("the grader's error at the level of animals is known", calibrated, "" if calibrated else "see what a reader must know, below"))
         made.append(Check("every stage could be made", not set(study.problems) - {"sensitivity"}, "; ".join(study.problems)))
     return tuple(made)
 
-# %% ../../nbs/75e_workflows.study_report.ipynb #3e0300e8
+# %% ../../nbs/75e_workflows.study_report.ipynb #93d01128
 def _stats(study: Study, receipts: dict[str, str]) -> tuple[Stat, ...]:
     "The numbers behind the answer, each with its receipt."
     made = []
@@ -145,7 +146,8 @@ def _tables(study: Study) -> Iterator[Section]:
     "Agreement, sensitivity, review, ledger."
     if "agreement" in study.results:
         a = study.results["agreement"]
-        yield Section("Agreement of people", "Among themselves; intervals over animals.", table=a.summary)
+        spelt = [COEFFICIENTS[s].about if s in COEFFICIENTS.names() else "mean quadratic weighted kappa of pairs (Cohen 1968)" for s in a.summary["statistic"]]
+        yield Section("Agreement of people", "Among themselves; intervals over animals.", table=a.summary.assign(statistic=spelt))
         yield Section("Each rater against the others", "How much higher or lower each one grades than the rest; the grader is one of them.", table=a.bias)
     if "sensitivity" in study.results:
         found = study.results["sensitivity"]
@@ -177,7 +179,8 @@ def study_report(
     if "grades" in study.tables:
         caption = "By rising grade. Blue: outline. Yellow: open lumens. In braces: grades that cannot be excluded."
         sections.append(Section("The glomeruli", figures=(Figure(gallery(exhibits_of(study)), caption),)))
-    sections.append(Section("Checks", "\n\n".join(study.notes), checks=study_checks(study)))
+    sections.append(Section("Checks", checks=study_checks(study)))
+    sections += [Section("What a reader must know", "\n\n".join(study.notes))] if study.notes else []
     sections += list(_tables(study))
     if study.problems:
         sections.append(Section("What could not be made", table=pd.DataFrame({"stage": list(study.problems), "why": list(study.problems.values())})))
