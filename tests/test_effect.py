@@ -157,8 +157,13 @@ def test_a_calibration_needs_animals_that_people_scored():
     with pytest.raises(EqError, match="needs at least 5 animals"):
         fit_calibration(rng.random(40), rng.integers(0, 4, 40), np.repeat(np.arange(4), 10))
     table = pd.DataFrame(rng.dirichlet(np.ones(4), 120), columns=PROBABILITIES).assign(subject=np.repeat(np.arange(12), 10), score=rng.integers(0, 4, 120))
-    with pytest.raises(EqError, match="does not follow its human mean grade"):
+    with pytest.raises(EqError, match="12 animals with 120 scored glomeruli are too few, or too alike"):
         calibrate(table)
+    severity = np.repeat(rng.normal(1.5, 0.8, 30), 20)  # animals differ, and the grader looks elsewhere
+    seen = np.clip(np.rint(np.repeat(rng.normal(1.5, 0.8, 30), 20)), 0, 3).astype(int)
+    blind = pd.DataFrame(np.eye(4)[seen], columns=PROBABILITIES).assign(subject=np.repeat(np.arange(30), 20))
+    with pytest.raises(EqError, match="does not follow its human mean grade"):
+        calibrate(blind.assign(score=np.clip(np.rint(severity), 0, 3)))
 
 
 def test_more_groups_are_adjusted_together():
