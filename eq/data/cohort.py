@@ -6,7 +6,7 @@
 __all__ = ['TEXT_COLUMNS', 'NUMBER_COLUMNS', 'COLUMNS', 'PARTS', 'PURPOSES', 'USES', 'natural_key', 'normalise_table',
            'coarsest_unit', 'CohortInfo', 'CohortTable', 'Cohort', 'info_path', 'save_cohort', 'load_cohort']
 
-# %% ../../nbs/12_data.cohort.ipynb #3ef755df
+# %% ../../nbs/12_data.cohort.ipynb #dfb252d1
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -19,7 +19,7 @@ import pandas as pd
 from ..core.files import atomic_write, read_json, write_json
 from ..core.registry import EqError, unknown_name
 
-# %% ../../nbs/12_data.cohort.ipynb #b0fd9fc9
+# %% ../../nbs/12_data.cohort.ipynb #89394575
 TEXT_COLUMNS = ("image", "mask", "mask_coding", "subject", "group", "section", "block", "part", "rater")
 NUMBER_COLUMNS = ("score", "px_size_um")
 COLUMNS = TEXT_COLUMNS + NUMBER_COLUMNS
@@ -35,7 +35,7 @@ def natural_key(
     pieces = re.split(r"(\d+)", str(text))
     return [(0, int(p), "") if p.isdigit() else (1, 0, p.casefold()) for p in pieces if p]
 
-# %% ../../nbs/12_data.cohort.ipynb #0dd37e67
+# %% ../../nbs/12_data.cohort.ipynb #d9521108
 def _text(value: Any) -> str:
     # 3.0 from a spreadsheet is the animal "3"; missing is the empty string
     if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
@@ -54,7 +54,7 @@ def _number(value: Any, where: str) -> float:
         raise EqError(f"{where} holds {value!r}; expected a finite number or nothing")
     return number
 
-# %% ../../nbs/12_data.cohort.ipynb #95f64ee8
+# %% ../../nbs/12_data.cohort.ipynb #5459a3fb
 def _check_values(table: pd.DataFrame) -> None:
     images, parts, sizes = list(table["image"]), set(table["part"]), np.asarray(table["px_size_um"], float)
     if "" in images:
@@ -81,14 +81,14 @@ def normalise_table(
     _check_values(out)
     return out
 
-# %% ../../nbs/12_data.cohort.ipynb #35d2a9f8
+# %% ../../nbs/12_data.cohort.ipynb #89d08e9a
 def coarsest_unit(
     table: pd.DataFrame,  # A normalised table
 ) -> str:  # "subject", "block", "section" or "image"
     "The first of subject, block, section that every row fills; the image where none does."
     return next((c for c in ("subject", "block", "section") if len(table) and "" not in set(table[c])), "image")
 
-# %% ../../nbs/12_data.cohort.ipynb #4bc44157
+# %% ../../nbs/12_data.cohort.ipynb #b414c355
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CohortInfo:
     "What holds for all images of a cohort."
@@ -116,7 +116,7 @@ class CohortInfo:
         if purpose not in USES[self.use]:
             raise EqError(f"{self.name} may not be used to {purpose}: its terms allow {' and '.join(USES[self.use])} only ({self.terms})")
 
-# %% ../../nbs/12_data.cohort.ipynb #0f03a108
+# %% ../../nbs/12_data.cohort.ipynb #1c6d3dea
 @dataclass(frozen=True, eq=False)
 class CohortTable(CohortInfo):
     "A checked table: one row an image (and rater), every row with its unit of splitting."
@@ -144,7 +144,7 @@ class CohortTable(CohortInfo):
     def __len__(self) -> int:
         return len(self.table)
 
-# %% ../../nbs/12_data.cohort.ipynb #d832055d
+# %% ../../nbs/12_data.cohort.ipynb #5611fafb
 class Cohort(CohortTable):
     "Images with masks, scores and origin. Rows that share a value of `split_unit` are never parted."
 
@@ -172,7 +172,7 @@ class Cohort(CohortTable):
     def __repr__(self) -> str:
         return f"Cohort({self.name!r}: {len(self)} images, {len(self.units)} of {self.split_unit!r}, task {self.task!r})"
 
-# %% ../../nbs/12_data.cohort.ipynb #d187fcd1
+# %% ../../nbs/12_data.cohort.ipynb #3575a260
 def info_path(
     csv: str | Path,  # A cohort CSV
 ) -> Path:  # Where its JSON companion lies
@@ -199,7 +199,7 @@ def save_cohort(
         table.to_csv(temp, index=False)
     return csv
 
-# %% ../../nbs/12_data.cohort.ipynb #a2413e3b
+# %% ../../nbs/12_data.cohort.ipynb #7d0712da
 def _absolute(path: str, base: Path) -> str:
     return str((base / Path(path).expanduser()).resolve()) if path else ""
 
@@ -226,7 +226,7 @@ def load_cohort(
     try:
         table = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise EqError(f"{csv} cannot be read as a CSV: {error}") from error
+        raise EqError(f"{csv} cannot be read as a CSV ({error}); for pictures give the folder they are in") from error
     for name in {"image", "mask"} & set(table.columns):
         table[name] = [_absolute(str(p).strip(), csv.parent) for p in table[name]]
     return Cohort(table, **{"name": csv.stem, **_read_info(csv), **info})
