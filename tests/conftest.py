@@ -1,5 +1,6 @@
 """What every test shares: outputs never land in the checkout, and tests marked `data` know whether the real images are there."""
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a server or `cmd &` ignores it, and children inherit that: tests of Ctrl-C would wait for ever
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("EQ__TRAIN__PRETRAINED", "false")  # tests take small encoders, whose weights no installed package holds
 os.environ.setdefault("EQ__GLOM__PAINTED", "0")
 os.environ.setdefault("EQ__GLOM__REHEARSAL", "0")  # painting takes a minute; what a rehearsal does is tested in its notebook
 

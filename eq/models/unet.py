@@ -6,7 +6,7 @@
 __all__ = ['UNetBuilder', 'UNETS', 'SLIM', 'FASTAI_ENCODERS', 'build_unet', 'build_unet_slim', 'build_fpn', 'build_unetplusplus',
            'build_dynamic_unet', 'load_encoder_weights', 'create_unet', 'count_parameters']
 
-# %% ../../nbs/20_models.unet.ipynb #0e249563
+# %% ../../nbs/20_models.unet.ipynb #9cf1d9d9
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..core.registry import EqError, Registry, unknown_name
+from .imagenet import fitting, imagenet_encoder
 
-# %% ../../nbs/20_models.unet.ipynb #cd314a1f
+# %% ../../nbs/20_models.unet.ipynb #9709b600
 UNetBuilder = Callable[[str, int, int], nn.Module]
 UNETS: Registry[UNetBuilder] = Registry("network")
 
@@ -41,7 +42,7 @@ def _build_smp(kind: type[nn.Module], encoder: str, in_channels: int, classes: i
         warnings.simplefilter("ignore", DeprecationWarning)
         return kind(_smp_encoder(encoder), encoder_weights=None, in_channels=in_channels, classes=classes, **more)
 
-# %% ../../nbs/20_models.unet.ipynb #68ef4924
+# %% ../../nbs/20_models.unet.ipynb #76389e67
 @UNETS.register("unet")
 def build_unet(
     encoder: str,  # Any encoder of segmentation-models-pytorch, or `tu-NAME` for a timm network
@@ -84,7 +85,7 @@ def build_unetplusplus(
     "UNet++ (Zhou et al. 2018, doi 10.1007/978-3-030-00889-5_1): nested skips, about three times the work."
     return _build_smp(smp.UnetPlusPlus, encoder, in_channels, classes)
 
-# %% ../../nbs/20_models.unet.ipynb #a39c45ee
+# %% ../../nbs/20_models.unet.ipynb #9c269a45
 FASTAI_ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
 
@@ -99,7 +100,7 @@ def build_dynamic_unet(
         raise unknown_name("encoder", encoder, list(FASTAI_ENCODERS))
     return create_unet_model(getattr(fastai_models, encoder), classes, (256, 256), pretrained=False, n_in=in_channels)
 
-# %% ../../nbs/20_models.unet.ipynb #64a0b1a6
+# %% ../../nbs/20_models.unet.ipynb #775b5b7d
 def load_encoder_weights(
     model: nn.Module,  # A network with an `.encoder`
     path: Path | str,  # A .safetensors file of the encoder's (or the whole classifier's) tensors
@@ -110,30 +111,19 @@ def load_encoder_weights(
         raise EqError(f"encoder weights {str(path)!r}: not an existing .safetensors file; pickled .pth files are not opened, convert them first")
     encoder = model.get_submodule("encoder")
     found, own = load_file(path), encoder.state_dict()
-    fits = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape}
-    if len(fits) < 0.95 * len(own):
+    fits, counters = fitting(found, own), sum(k.endswith("num_batches_tracked") for k in own)
+    if len(fits) < 0.95 * (len(own) - counters):
         raise EqError(f"encoder weights {str(path)!r}: {len(fits)} of {len(own)} tensors fit this encoder; choose a file made for it")
     encoder.load_state_dict({**own, **fits})
     return len(fits)
 
-
-def _hub_encoder(encoder: str, in_channels: int) -> dict[str, torch.Tensor]:
-    "Downloads (or takes from the local cache) the ImageNet weights of an encoder. Raises EqError when they cannot be had."
-    weights = True if encoder.startswith(("tu-", "timm-")) else "imagenet"
-    try:
-        return smp.encoders.get_encoder(encoder, in_channels=in_channels, weights=weights).state_dict()
-    except (OSError, RuntimeError, KeyError) as error:
-        why = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise EqError(f"ImageNet weights for encoder {encoder!r} cannot be had ({why}); "
-                      "give a local file (pretrained=/path/model.safetensors) or ask for pretrained=False") from error
-
-# %% ../../nbs/20_models.unet.ipynb #145ed9c3
+# %% ../../nbs/20_models.unet.ipynb #e8789ba6
 def create_unet(
     arch: str = "unet",  # A name from `UNETS`
     encoder: str = "resnet18",  # The encoder's name, see `build_unet`
     in_channels: int = 3,  # Channels of the image
     classes: int = 1,  # Number of logit planes
-    pretrained: bool | Path | str = False,  # False: random; True: ImageNet from hub or cache; a path: a safetensors file
+    pretrained: bool | Path | str = False,  # False: random; True: ImageNet from package, cache or hub; a path: a safetensors file
     seed: int | None = None,  # Seed of the random weights; None leaves torch's generator as it is
 ) -> nn.Module:  # (N, in_channels, H, W) float -> (N, classes, H, W) logits
     "Builds a registered network. Raises EqError for unknown names and for weights that cannot be had."
@@ -146,7 +136,7 @@ def create_unet(
     if pretrained is True:
         if not hasattr(model, "encoder"):
             raise EqError(f"network {arch!r} takes no ImageNet weights here; choose 'unet', 'fpn' or 'unetplusplus', or pretrained=False")
-        model.get_submodule("encoder").load_state_dict(_hub_encoder(encoder, in_channels))
+        model.get_submodule("encoder").load_state_dict(imagenet_encoder(encoder, in_channels))
     elif pretrained:
         load_encoder_weights(model, Path(str(pretrained)))
     return model

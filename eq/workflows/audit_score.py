@@ -6,7 +6,7 @@
 __all__ = ['AS_IS', 'CLEAN', 'Trained', 'ScorePlan', 'leaking_units', 'mended_splits', 'leak_table', 'train_and_score',
            'score_leaks', 'answer']
 
-# %% ../../nbs/79c_workflows.audit_score.ipynb #0f7e417a
+# %% ../../nbs/79c_workflows.audit_score.ipynb #9b560c1a
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..data.cohort import Cohort
 from ..data.leakage import Leak, LeakReport, without_leaks
 from ..data.split import Split
 
-# %% ../../nbs/79c_workflows.audit_score.ipynb #f1d6e006
+# %% ../../nbs/79c_workflows.audit_score.ipynb #9ee9fc97
 AS_IS, CLEAN = "with every leak", "without any leak"
 
 
@@ -63,7 +63,7 @@ def mended_splits(
             found[f"without {split.unit} {unit}"] = without_leaks(split, replace(report, leaks=tuple(leaks)))
     return found | {CLEAN: without_leaks(split, report)}
 
-# %% ../../nbs/79c_workflows.audit_score.ipynb #958b5009
+# %% ../../nbs/79c_workflows.audit_score.ipynb #c899f892
 Trained = Callable[[Split, str], dict[str, Any]]  # A split and its name to pixel scores by test image
 
 

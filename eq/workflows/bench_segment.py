@@ -6,7 +6,7 @@
 __all__ = ['Scored', 'pieces', 'score_case', 'summary_rows', 'difference_rows', 'Protocol', 'run_protocol', 'bench_em',
            'bench_glom']
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #162a56c9
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #9022d83f
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ from ..training.classic import ClassicOptions, best_rate
 from .bench import Row, Sitting, write_plot
 from .bench_variants import ORDER, VARIANTS, Case, Predictor
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #d4cc18ed
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #303200a6
 @dataclass(frozen=True)
 class Scored:
     "One test image (or quadrant) scored."
@@ -69,7 +69,7 @@ def score_case(
             found.append(Scored(variant, case.seed, case.fold, sample.name, name, pixel, detection_scores(labels[where], truth[where])))
     return found
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #791a66ea
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #eada7c13
 def summary_rows(
     scored: Sequence[Scored],  # One variant and seed, all folds
 ) -> list[Row]:  # iou, dice, mean_dice, detection_rate, detection_f1
@@ -101,7 +101,7 @@ def difference_rows(
             rows.append(Row(f"{first} - {second}", f"{metric}_difference{what}", round(value, 4), unit=f"{gap.n_units} units", seed="all"))
     return rows
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #63f93d04
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #4b5fced5
 def _splits(source: str) -> list[Split]:
     "The declared split where the source declares one; else three grouped folds."
     cohort = load_source(source)
@@ -144,7 +144,7 @@ def run_protocol(
         cases = [Case(protocol.name, protocol.task, s, seed, f, minutes, base / f"seed{seed}-fold{f}", lr) for f, s in enumerate(splits)]
         for variant in [v for v in chosen if v != "nnunet" or seed == seeds[0]]:
             scored += _measure(cases, variant, protocol.cut, sitting)
-    rows = [r for other in chosen if not other.startswith("eq") for v in ("eq", "eq_quarter", "eq_equal_crops") for r in difference_rows(scored, v, other)]
+    rows = [r for other in chosen if not other.startswith("eq") for v in ("eq", "eq_quarter", "eq_random", "eq_equal_crops") for r in difference_rows(scored, v, other)]
     if rows:
         sitting.append(rows)
     path = sitting.append([])

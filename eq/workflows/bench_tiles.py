@@ -7,7 +7,7 @@ __all__ = ['Timed', 'Opener', 'VARIANTS', 'ORDER', 'PARTS', 'TRAIN_MINUTES', 'Ti
            'time_variants', 'speed_rows', 'agreement_rows', 'unseen_sections', 'peak_memory', 'memory_rows',
            'measure_tiles', 'bench_tiles']
 
-# %% ../../nbs/77b_workflows.bench_tiles.ipynb #2d151a21
+# %% ../../nbs/77b_workflows.bench_tiles.ipynb #996298e4
 import json
 import os
 import subprocess
@@ -37,7 +37,7 @@ from ..models.checkpoint import load_checkpoint, save_checkpoint
 from .bench import Row, Sitting, write_plot
 from .train import TrainRequest, train_segmentation
 
-# %% ../../nbs/77b_workflows.bench_tiles.ipynb #4253a3f3
+# %% ../../nbs/77b_workflows.bench_tiles.ipynb #0dfdd722
 @dataclass(frozen=True)
 class TilesPlan:
     "How large and how often."
@@ -60,7 +60,7 @@ def mosaic(
     rows = [np.hstack([np.rot90(pieces[rng.integers(4)], int(rng.integers(4))) for _ in range(count)]) for _ in range(count)]
     return np.repeat(np.vstack(rows)[:side, :side, None], 3, axis=2)
 
-# %% ../../nbs/77b_workflows.bench_tiles.ipynb #2407ef27
+# %% ../../nbs/77b_workflows.bench_tiles.ipynb #12b2cacb
 Timed = Callable[[], float]
 Opener = Callable[[Path, np.ndarray, ExitStack], Timed]  # checkpoint, image, what to close at the end
 VARIANTS: Registry[Opener] = Registry("variant")
@@ -90,7 +90,7 @@ VARIANTS.register("eq_torch_bf16")(_ours(Engine("cpu", "bf16", "torch")))
 VARIANTS.register("eq_torch_fp32")(_ours(Engine("cpu", "fp32", "torch")))
 VARIANTS.register("plain_openvino")(_ours(Engine("cpu", "bf16", "openvino"), TileOptions(512, 0)))
 
-# %% ../../nbs/77b_workflows.bench_tiles.ipynb #d2fd49a8
+# %% ../../nbs/77b_workflows.bench_tiles.ipynb #b1430f8f
 def _monai(precision: str) -> Opener:
     "MONAI's SlidingWindowInferer in a process of its own."
 
@@ -136,7 +136,7 @@ def conversation(
         finally:
             process.kill()
 
-# %% ../../nbs/77b_workflows.bench_tiles.ipynb #0ab9afe6
+# %% ../../nbs/77b_workflows.bench_tiles.ipynb #ac9386cd
 def time_variants(
     model: Path,  # Checkpoint
     image: np.ndarray,  # (H, W, 3) uint8
@@ -164,7 +164,7 @@ def speed_rows(
             rows += [Row(name, f"times_{peer}", median[name] / median[peer]) for name in median]
     return rows
 
-# %% ../../nbs/77b_workflows.bench_tiles.ipynb #aa210eec
+# %% ../../nbs/77b_workflows.bench_tiles.ipynb #bfa2ee41
 def agreement_rows(
     model: Path,  # Checkpoint
     pictures: list[np.ndarray],  # Each (H, W, 3) uint8
@@ -208,7 +208,7 @@ def unseen_sections() -> list[np.ndarray]:  # Validation and test sections of em
     parts = split_cohort(load_source("em_vnc")).parts
     return [open_image(p).rgb() for part in ("validate", "test") for p in parts[part].table["image"]]
 
-# %% ../../nbs/77b_workflows.bench_tiles.ipynb #cd458a76
+# %% ../../nbs/77b_workflows.bench_tiles.ipynb #b0b82a31
 _PEAK = """
 import resource, sys
 from pathlib import Path
@@ -251,7 +251,7 @@ def memory_rows(
     rows += [Row("eq", "mpx_per_s_to_disk", side**2 / 1e6 / seconds, "Mpx/s", f"{side}px") for side, (_, seconds) in found.items()]
     return [*rows, Row("eq", "peak_rss_ratio", found[plan.large][0] / found[plan.side][0])]
 
-# %% ../../nbs/77b_workflows.bench_tiles.ipynb #b0d562c8
+# %% ../../nbs/77b_workflows.bench_tiles.ipynb #074c461f
 PARTS = ("speed", "agreement", "memory")
 TRAIN_MINUTES = 4.0  # enough for masks that mean something; speed does not depend on it
 
@@ -287,7 +287,7 @@ def bench_tiles(
     "Trains the network, measures, appends rows and draws the speeds."
     config = load_config().bench
     plan = TilesPlan(outputs_root() / "bench" / f"tiles-{sitting.run}", repeats=config.repeats)
-    values = {"encoder": "resnet34", "minutes": minutes or min(TRAIN_MINUTES, config.minutes), "seed": (seeds or config.seeds)[0]}
+    values = {"encoder": "resnet34", "pretrained": False, "minutes": minutes or min(TRAIN_MINUTES, config.minutes), "seed": (seeds or config.seeds)[0]}
     model = train_segmentation(TrainRequest("mito", "em_vnc", plan.folder / "model", values=values)).folder
     csv = sitting.append(measure_tiles(plan, model, only))
     write_plot(csv, sitting.run, ["mpx_per_s"])

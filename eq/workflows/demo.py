@@ -6,7 +6,7 @@
 __all__ = ['SECTIONS', 'CROP', 'DemoPlan', 'demo_plan', 'paint_images', 'threshold_scores', 'threshold_picture', 'train_both',
            'demo_checks', 'against_threshold', 'study_section', 'demo_outcome', 'run_demo', 'command']
 
-# %% ../../nbs/71_workflows.demo.ipynb #8b1e23cc
+# %% ../../nbs/71_workflows.demo.ipynb #2aa5a885
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -34,7 +34,7 @@ from .demo_study import StudyEnd, demo_study, paint_study
 from .outcome import Outcome, outlined, telling_images, write_outcome
 from .train import TrainRequest, train_segmentation
 
-# %% ../../nbs/71_workflows.demo.ipynb #2d7737c6
+# %% ../../nbs/71_workflows.demo.ipynb #19c1c406
 @dataclass(frozen=True)
 class DemoPlan:
     "What the demo paints, how long it trains and what it demands."
@@ -63,7 +63,7 @@ def demo_plan(
     values: dict[str, Any] = load_config().demo.model_dump() | {k: v for k, v in given.items() if v is not None}
     return DemoPlan(**values)
 
-# %% ../../nbs/71_workflows.demo.ipynb #7a2bf6e2
+# %% ../../nbs/71_workflows.demo.ipynb #d3aa2676
 SECTIONS = 12  # EM sections, the size of the registered synthetic source
 
 
@@ -76,7 +76,7 @@ def paint_images(
     kidney = write_kidney_cohort(folder / "images" / "kidney", n_animals=plan.animals, seed=plan.seed, size=plan.size)
     return load_cohort(em), load_cohort(kidney)
 
-# %% ../../nbs/71_workflows.demo.ipynb #6ee71d0a
+# %% ../../nbs/71_workflows.demo.ipynb #ef67f320
 def threshold_scores(
     train: Cohort,  # The channel is chosen here
     test: Cohort,  # And scored here
@@ -97,7 +97,7 @@ def threshold_picture(
     shown = draw_outlines(sample.image, np.asarray(sample.mask > 0, np.int32), TRUTH, 2)
     return draw_outlines(shown, np.asarray(otsu.predict(sample.image), np.int32), (0, 229, 255), 2)
 
-# %% ../../nbs/71_workflows.demo.ipynb #cf505730
+# %% ../../nbs/71_workflows.demo.ipynb #0de169e5
 CROP = 192  # working pixels: fields are 256 wide at working resolution, and smaller crops are more steps in the same minutes
 
 
@@ -107,7 +107,7 @@ def train_both(
     kidney: Cohort,  # Fields with glomeruli
     plan: DemoPlan,  # How long
 ) -> dict[str, Path]:  # Heading -> folder of the checkpoint
-    "Mitochondria from scratch, then glomeruli from their weights."
+    "Mitochondria, then glomeruli from their weights."
     mito = {"minutes": plan.mito_minutes, "seed": plan.seed, "crop": CROP}
     first = train_segmentation(TrainRequest("mito", em, folder / "mito", values=mito)).folder
     glom = {"minutes": plan.glom_minutes, "seed": plan.seed, "crop": CROP}
@@ -185,7 +185,7 @@ def run_demo(
         run.add_metrics({**scores, **outcome.metrics, "checks": {c.what: c.passed for c in outcome.checks}})
     return (report, end.report) if end.report else (report,), outcome.checks
 
-# %% ../../nbs/71_workflows.demo.ipynb #797d7cf4
+# %% ../../nbs/71_workflows.demo.ipynb #fbef377a
 def command(
     out: Annotated[Path | None, typer.Option(help="folder of the run; default a new one below outputs/")] = None,  # Folder of the run
     mito_minutes: Annotated[float | None, typer.Option(help="training on EM sections [params.yaml: demo.mito_minutes]")] = None,  # Minutes

@@ -6,7 +6,7 @@
 __all__ = ['PAINTED', 'FOLDER', 'typical_width', 'painted_factor', 'rehearsal_options', 'what_is_left', 'Rehearsed', 'PaintedSet',
            'painted_set', 'rehearse']
 
-# %% ../../nbs/73b_workflows.rehearsal.ipynb #1d4b16ca
+# %% ../../nbs/73b_workflows.rehearsal.ipynb #b7fc7c68
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..models.checkpoint import META, read_meta
 from ..training.fit_segment import FitOptions, fit_segment
 from ..training.transfer import transfer_weights
 
-# %% ../../nbs/73b_workflows.rehearsal.ipynb #80c207c8
+# %% ../../nbs/73b_workflows.rehearsal.ipynb #918b8f43
 PAINTED: Registry[str] = Registry("painted source")  # task to a registered synthetic source
 PAINTED.register("glom")("synthetic_kidney")
 PAINTED.register("mito")("synthetic_em")
@@ -51,7 +51,7 @@ def painted_factor(
     "The factor at which painted objects are as wide as the real ones."
     return round(typical_width([s.mask for s in painted]) / typical_width([s.mask for s in real]), 4)
 
-# %% ../../nbs/73b_workflows.rehearsal.ipynb #2556519b
+# %% ../../nbs/73b_workflows.rehearsal.ipynb #b3ddf293
 def rehearsal_options(
     options: FitOptions,  # Of the whole run
     share: float,  # Of it, 0 to below 1
@@ -73,7 +73,7 @@ def what_is_left(
         return replace(options, epochs=max(1, options.epochs - rehearsal.epochs))
     return replace(options, minutes=max(options.minutes / 20, options.minutes - seconds / 60))
 
-# %% ../../nbs/73b_workflows.rehearsal.ipynb #fbe6134d
+# %% ../../nbs/73b_workflows.rehearsal.ipynb #3cbb5358
 class Rehearsed(NamedTuple):
     "What painted images do for a run."
 
@@ -116,12 +116,12 @@ def _fitted(model: nn.Module, images: PaintedSet, meta: CheckpointMeta, options:
         return read_meta(folder)
     data = {"source": images.cohort.name, "synthetic": True, "unit": images.cohort.split_unit, "images": len(images.train)}
     px_size_um = float(images.cohort.table["px_size_um"].to_numpy(float)[0])
-    painted = replace(meta, scale=images.factor, px_size_um=px_size_um, data=data, parent=None)
+    painted = replace(meta, scale=images.factor, px_size_um=px_size_um, data=data)
     return fit_segment(model, images.train, images.valid, options, painted, folder, resume=(folder / "checkpoints").is_dir()).meta
 
 
 def rehearse(
-    model: nn.Module,  # Random weights; left with those of the rehearsal
+    model: nn.Module,  # Left with the weights of the rehearsal
     real: Sequence[Sample],  # Training images of the run at working resolution
     meta: CheckpointMeta,  # Of the run
     options: FitOptions,  # Of the whole run; `options.crops.painted` is the share of painted crops after the rehearsal

@@ -6,7 +6,7 @@
 __all__ = ['CLASSES', 'SCRATCH', 'HELP', 'app', 'TrainRequest', 'settings', 'fit_options', 'common_px_size', 'working_factor',
            'with_network', 'train_segmentation', 'options', 'train_command']
 
-# %% ../../nbs/73_workflows.train.ipynb #4d5a1037
+# %% ../../nbs/73_workflows.train.ipynb #6afcaf66
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from inspect import Parameter
@@ -36,7 +36,7 @@ from ..training.transfer import transfer_weights
 from .cli import Option, with_options
 from .rehearsal import rehearse
 
-# %% ../../nbs/73_workflows.train.ipynb #58c0573d
+# %% ../../nbs/73_workflows.train.ipynb #818727e6
 CLASSES = {"mito": "mitochondrion", "glom": "glomerulus"}  # task, and the name of what it finds
 SCRATCH = "scratch"
 
@@ -82,18 +82,18 @@ def settings(
             raise EqError(f"training option out of range: {str(error).splitlines()[1]} {str(error).splitlines()[2].strip()}") from error
     return made[0], made[1]
 
-# %% ../../nbs/73_workflows.train.ipynb #dbbc716c
+# %% ../../nbs/73_workflows.train.ipynb #768fe200
 def fit_options(
     train: TrainConfig,  # Section train
     task: TaskConfig,  # Section of the task
-    transferred: bool,  # Starts from other weights: only then does the gentle beginning apply
+    learned: bool,  # The encoder has learned elsewhere (a transfer, ImageNet): only then does the gentle beginning apply
     quiet: bool = False,  # No progress bar
 ) -> FitOptions:  # With the crops' plan in it
     "What the training floor is told."
     crops = CropPlan(size=task.crop, positive=task.positive, paste=task.paste, recipe=task.recipe, painted=task.painted)
     shared: dict[str, Any] = {k: getattr(train, k) for k in ("epochs", "steps_per_epoch", "minutes", "batch_size", "weight_decay", "loss", "ema", "patience",
                                              "keep", "precision", "device", "seed")}
-    gentle: dict[str, Any] = {"encoder_lr": task.encoder_lr, "frozen_until": task.frozen_until} if transferred else {}
+    gentle: dict[str, Any] = {"encoder_lr": task.encoder_lr, "frozen_until": task.frozen_until} if learned else {}
     return FitOptions(**shared, **gentle, lr=task.lr, crops=crops, quiet=quiet)
 
 
@@ -124,7 +124,7 @@ def common_px_size(
         raise EqError(f"{cohort.name}: pixel sizes {sorted(sizes)} um (and {unknown} unknown) are mixed; train on one")
     return sizes.pop() if sizes else None
 
-# %% ../../nbs/73_workflows.train.ipynb #1602f83a
+# %% ../../nbs/73_workflows.train.ipynb #cdbae96d
 def working_factor(
     task: TaskConfig,  # Section of the task
     px_size_um: float | None,  # Of the training images, None where unknown
@@ -135,7 +135,7 @@ def working_factor(
         return given
     return task.scale if px_size_um is None else round(task.working_um / px_size_um, 6)
 
-# %% ../../nbs/73_workflows.train.ipynb #47648cb4
+# %% ../../nbs/73_workflows.train.ipynb #df6122eb
 def with_network(
     request: TrainRequest,  # What to train
 ) -> dict[str, Any]:  # Its values, and the architecture and encoder that its start demands
@@ -145,7 +145,7 @@ def with_network(
     donor = read_meta(checkpoint_folder(request.start))
     return {"arch": donor.arch, "encoder": donor.encoder} | request.values
 
-# %% ../../nbs/73_workflows.train.ipynb #372422db
+# %% ../../nbs/73_workflows.train.ipynb #a5c9bcc6
 def _add_gate(folder: Path, split: Split, device: str, run: Run) -> None:
     "Fits the gate on training and validation images, never on test images."
     try:
@@ -157,7 +157,7 @@ def _add_gate(folder: Path, split: Split, device: str, run: Run) -> None:
         return
     run.log.info("gate fitted", images=gate.images + gate.validation, left_out=gate.left_out, refuses=gate.refuse is not None)
 
-# %% ../../nbs/73_workflows.train.ipynb #ee5b2c32
+# %% ../../nbs/73_workflows.train.ipynb #9cc39974
 def _train(request: TrainRequest, split: Split, run: Run) -> FitResult:
     "Reads, builds, fits; inside a run that writes the manifest."
     train, task = settings(request.task, with_network(request))
@@ -171,13 +171,13 @@ def _train(request: TrainRequest, split: Split, run: Run) -> FitResult:
     _need_objects({"training": samples, "validation": valid}, split.train)
     meta = _description(request, split, px_size_um, scale, (train, task))
     meta = replace(meta, min_area_px=speck_area(samples, scale))
-    model = create_unet(task.arch, task.encoder, 3, 1, pretrained=train.pretrained, seed=train.seed)
     transferred = str(request.start) != SCRATCH
+    model = create_unet(task.arch, task.encoder, 3, 1, pretrained=train.pretrained and not transferred, seed=train.seed)
     if transferred:
         run.add_input(Path(request.start) / "model.safetensors")
         meta = replace(meta, parent=transfer_weights(model, meta, request.start))
-    options = fit_options(train, task, transferred, request.quiet)
-    began = None if transferred or train.pretrained or split.train.synthetic else rehearse(model, samples, meta, options, task.rehearsal, run.dir)
+    options = fit_options(train, task, transferred or train.pretrained, request.quiet)
+    began = None if split.train.synthetic else rehearse(model, samples, meta, options, task.rehearsal, run.dir)
     if began:
         options, meta, samples = began.options, began.meta, [*samples, *began.aside]
         run.log.info("painted images beside the real ones", **{k: v for k, v in meta.data["painted"].items() if k != "scale"})
@@ -217,7 +217,7 @@ def train_segmentation(
         run.log.info("trained", validation_dice=round(result.meta.metrics["validation_dice"], 3), crops=result.crops, seconds=round(result.seconds))
     return result
 
-# %% ../../nbs/73_workflows.train.ipynb #184d9db7
+# %% ../../nbs/73_workflows.train.ipynb #e8137deb
 HELP = {"source": "Registered source, cohort CSV, or folder of images and masks", "out": "Run folder [default: a new one below outputs/]",
         "start": "'scratch', or the checkpoint folder to start from", "scheme": "How images are split [default: what the source declares]",
         "fold": "Which fold is the test part (grouped k-fold)", "resume": "Go on in --out from its last checkpoint",
@@ -242,7 +242,7 @@ def options(
             for n, f in fields.items()]
     return first + keys
 
-# %% ../../nbs/73_workflows.train.ipynb #a594e1fb
+# %% ../../nbs/73_workflows.train.ipynb #ab6eae04
 def train_command(
     task: str,  # "mito" or "glom"
 ) -> Callable[..., None]:  # For Typer
