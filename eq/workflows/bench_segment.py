@@ -6,7 +6,7 @@
 __all__ = ['Scored', 'pieces', 'score_case', 'summary_rows', 'difference_rows', 'Protocol', 'run_protocol', 'bench_em',
            'bench_glom']
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #9022d83f
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #fa8a69c3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ from ..training.classic import ClassicOptions, best_rate
 from .bench import Row, Sitting, write_plot
 from .bench_variants import ORDER, VARIANTS, Case, Predictor
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #303200a6
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #7d1a6afb
 @dataclass(frozen=True)
 class Scored:
     "One test image (or quadrant) scored."
@@ -69,7 +69,7 @@ def score_case(
             found.append(Scored(variant, case.seed, case.fold, sample.name, name, pixel, detection_scores(labels[where], truth[where])))
     return found
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #eada7c13
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #b4fbe54e
 def summary_rows(
     scored: Sequence[Scored],  # One variant and seed, all folds
 ) -> list[Row]:  # iou, dice, mean_dice, detection_rate, detection_f1
@@ -101,11 +101,11 @@ def difference_rows(
             rows.append(Row(f"{first} - {second}", f"{metric}_difference{what}", round(value, 4), unit=f"{gap.n_units} units", seed="all"))
     return rows
 
-# %% ../../nbs/77a_workflows.bench_segment.ipynb #4b5fced5
+# %% ../../nbs/77a_workflows.bench_segment.ipynb #7abbd12d
 def _splits(source: str) -> list[Split]:
     "The declared split where the source declares one; else three grouped folds."
     cohort = load_source(source)
-    if all(cohort.table["part"]):
+    if cohort.scheme == "declared":
         return [split_cohort(cohort, "declared", purpose="bench")]
     return [split_cohort(cohort, "grouped_kfold", purpose="bench", k=3, fold=f, seed=0) for f in range(3)]
 

@@ -7,7 +7,7 @@ __all__ = ['SHARES', 'STARTS', 'NETWORK', 'BARE', 'SOURCES', 'MITO_TIMES', 'fewe
            'from_scratch', 'from_imagenet', 'from_painted', 'train_and_score', 'verdict', 'transfer_rows',
            'bench_transfer']
 
-# %% ../../nbs/77k_workflows.bench_transfer.ipynb #bc4f5824
+# %% ../../nbs/77k_workflows.bench_transfer.ipynb #76762752
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from .bench_segment import Scored, difference_rows, score_case, summary_rows
 from .bench_variants import Case
 from .train import TrainRequest, train_segmentation
 
-# %% ../../nbs/77k_workflows.bench_transfer.ipynb #860923bf
+# %% ../../nbs/77k_workflows.bench_transfer.ipynb #4686f479
 SHARES = (0.05, 0.10, 0.25, 1.0)
 
 
@@ -51,7 +51,7 @@ def shares_of(
     "Shares that are different trainings."
     return list({max(1, math.ceil(s * n - 1e-9)): s for s in shares}.values())
 
-# %% ../../nbs/77k_workflows.bench_transfer.ipynb #ec0fb82f
+# %% ../../nbs/77k_workflows.bench_transfer.ipynb #296334ef
 @dataclass(frozen=True)
 class Beginning:
     "What a start hands to a training."
@@ -103,7 +103,7 @@ def from_painted(
     glom = load_config().glom
     return Beginning(values=(*_network(), ("pretrained", False), ("rehearsal", glom.rehearsal or 0.3), ("painted", glom.painted or 0.4)))
 
-# %% ../../nbs/77k_workflows.bench_transfer.ipynb #fd5d8ec2
+# %% ../../nbs/77k_workflows.bench_transfer.ipynb #42d0f868
 def train_and_score(
     case: Case,  # Split with fewer labels, seed, minutes, folder
     name: str,  # The variant, for example "mito 25 %"
@@ -133,7 +133,7 @@ def verdict(
         said.append(f"at {share} of the labels it {word} ({e['']:+.3f} Dice, {e['_low']:+.3f} to {e['_high']:+.3f})")
     return f"{source}, start from mitochondria against scratch: " + "; ".join(said) + "."
 
-# %% ../../nbs/77k_workflows.bench_transfer.ipynb #5f59dacc
+# %% ../../nbs/77k_workflows.bench_transfer.ipynb #f4bd4270
 SOURCES = {"glom_pas": "em_vnc", "synthetic_kidney": "synthetic_em"}  # glomeruli, and the mitochondria that are learned first
 MITO_TIMES = 4  # the mitochondria network trains this many times as long as a glomerulus network: its cost is paid once
 
@@ -147,7 +147,7 @@ def _starts(only: list[str] | None) -> list[str]:
 def _one_source(source: str, mito: Path, plan: Case, names: list[str]) -> list[Scored]:
     "All shares and starts on one source."
     cohort, scored = load_source(source), []
-    declared = all(cohort.table["part"])
+    declared = cohort.scheme == "declared"
     split = split_cohort(cohort, "declared") if declared else split_cohort(cohort, "grouped_kfold", k=3, fold=plan.fold, seed=0)
     names = [n for n in names if n != "painted" or not cohort.synthetic]  # painted glomeruli are what it learns anyway
     for share in shares_of(len(split.train)):
