@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export NO_ALBUMENTATIONS_UPDATE := 1
 export PYTHONWARNINGS ?= ignore::SyntaxWarning
 
-.PHONY: help install demo test docs bench run-notebooks execute readme lock clean
+.PHONY: help install demo test docs bench run-notebooks pipeline execute readme lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -34,8 +34,11 @@ include benchmarks/peers.mk  # the peers' own environment
 bench: $(STAMP) peers  ## Every benchmark, side by side with its peers; results in benchmarks/results (hours)
 	@$(BIN)/eq bench all $(ARGS)
 
-run-notebooks: $(STAMP)  ## The three parameterised notebooks of nbs/runs with their defaults
-	@for n in mitochondria glomeruli endotheliosis; do $(BIN)/eq run $$n $(ARGS); done
+run-notebooks: $(STAMP)  ## The four parameterised notebooks of nbs/runs with their defaults
+	@for n in mitochondria glomeruli endotheliosis kidney_ct; do $(BIN)/eq run $$n $(ARGS); done
+
+pipeline: $(STAMP)  ## The stages of the kidney CT classifier that something changed for (dvc.yaml)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" DVC_NO_ANALYTICS=1 dvc repro $(ARGS)
 
 execute: $(STAMP)  ## Run the notebooks whose outputs are missing or stale and store what they show
 	@$(BIN)/python tools/execute_notebooks.py $(ARGS)

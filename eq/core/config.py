@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NOT_KEYS', 'DataConfig', 'TrainConfig', 'TaskConfig', 'PredictConfig', 'EvaluateConfig', 'DemoConfig', 'BenchConfig',
-           'LogConfig', 'Config', 'load_config', 'describe']
+           'LogConfig', 'ClassifyPaths', 'ClassifyConfig', 'Config', 'load_config', 'describe']
 
-# %% ../../nbs/00_core.config.ipynb #f53c20ad
+# %% ../../nbs/00_core.config.ipynb #7c0f58e3
 import os
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from .paths import params_file, read_yaml
 from .registry import EqError, unknown_name
 from .results import Strict, invalid
 
-# %% ../../nbs/00_core.config.ipynb #196a6452
+# %% ../../nbs/00_core.config.ipynb #071345fd
 class DataConfig(Strict):
     "Where images are and how they are read."
 
@@ -60,8 +60,8 @@ class TaskConfig(Strict):
     paste: float = Field(ge=0, le=1, description="Chance that an object of another image is pasted into a crop")
     encoder_lr: float = Field(gt=0, le=1, description="Where the encoder learned elsewhere (a transfer, ImageNet): its learning rate as a part of lr")
     frozen_until: float = Field(ge=0, lt=1, description="Where the encoder learned elsewhere: part of the run in which it does not learn")
-    rehearsal: float = Field(ge=0, lt=1, description="From scratch: part of the run that is spent first on painted images")
-    painted: float = Field(ge=0, lt=1, description="From scratch: share of crops from painted images in the rest of the run")
+    rehearsal: float = Field(ge=0, lt=1, description="Part of the run that is spent first on painted images, where the training images are real")
+    painted: float = Field(ge=0, lt=1, description="Share of crops from painted images in the rest of such a run")
 
 
 class PredictConfig(Strict):
@@ -73,7 +73,7 @@ class PredictConfig(Strict):
     tile: int = Field(ge=64, multiple_of=32, description="Edge of a tile, pixels at the working resolution")
     overlap: int = Field(ge=0, description="Pixels that neighbouring tiles share and blend over")
 
-# %% ../../nbs/00_core.config.ipynb #6ce21288
+# %% ../../nbs/00_core.config.ipynb #14d59c16
 class EvaluateConfig(Strict):
     "How predictions are scored."
 
@@ -93,7 +93,7 @@ class DemoConfig(Strict):
     min_dice: float = Field(ge=0, le=1, description="Exit with 1 below this Dice on unseen animals")
     seed: int = Field(ge=0, description="Seed of images and training")
 
-# %% ../../nbs/00_core.config.ipynb #d51779b1
+# %% ../../nbs/00_core.config.ipynb #e2471e10
 class BenchConfig(Strict):
     "How benchmarks are run."
 
@@ -107,6 +107,54 @@ class LogConfig(Strict):
 
     level: Literal["debug", "info", "warning", "error"] = Field(description="Lowest level shown; the log file gets all")
 
+# %% ../../nbs/00_core.config.ipynb #763bae9d
+class ClassifyPaths(Strict):
+    "Where the pipeline of the classifier reads and writes, from the root of the checkout."
+
+    root_dir: Path = Field(description="Folder of everything that the pipeline makes")
+    source_url: str = Field(description="Zip over http(s), a Google Drive link, a zip file, a folder of class folders, or a registered source")
+    local_data_file: Path = Field(description="Where a downloaded archive is kept")
+    unzip_dir: Path = Field(description="Images, a folder a class")
+    base_model: Path = Field(description="Checkpoint of the network as it comes, with its own head")
+    updated_base_model: Path = Field(description="Checkpoint with the new head, before training")
+    trained_model: Path = Field(description="Checkpoint after training")
+    scores: Path = Field(description="Metrics of the evaluation, JSON")
+    plots: Path = Field(description="Curves, confusion matrix and calibration as CSV, for DVC's plots")
+
+
+class ClassifyConfig(Strict):
+    "How whole images are classified."
+
+    arch: str = Field(description="Registered classifier, or tu-NAME for a network of timm")
+    weights: str = Field(description="imagenet, none, or a safetensors file")
+    include_top: bool = Field(description="Keep the head of the thousand ImageNet classes (only for looking at it; training needs false)")
+    image_size: tuple[int, int, int] = Field(description="Height, width, channels; height and width agree")
+    classes: int = Field(ge=2, description="Number of classes; the folders must agree")
+    batch_size: int = Field(ge=1, description="Images a step")
+    epochs: int = Field(ge=1, description="Passes over the training images, where minutes is null")
+    minutes: float | None = Field(gt=0, description="Training time; null goes by epochs")
+    learning_rate: float = Field(gt=0, description="Highest learning rate")
+    optimiser: str = Field(description="Registered optimiser")
+    momentum: float = Field(ge=0, lt=1, description="Of SGD")
+    schedule: str = Field(description="Registered course of the learning rate")
+    dropout: float = Field(ge=0, lt=1, description="In the head")
+    freeze: str = Field(description="features, none, or until:SHARE of the run")
+    augmentation: bool = Field(description="Rotate by 40 degrees, flip, shift by 0.2, scale 0.8-1.2")
+    mixup: float = Field(ge=0, description="Alpha of mixup; 0 is off")
+    cutmix: float = Field(ge=0, description="Alpha of CutMix; 0 is off")
+    label_smoothing: float = Field(ge=0, lt=1, description="Share of each label that goes to the other classes")
+    weight_decay: float = Field(ge=0, description="L2")
+    l1: float = Field(ge=0, description="L1 penalty on the weights")
+    class_weights: bool = Field(description="Rare classes count more")
+    patience: int = Field(ge=0, description="Stop after this many epochs without a better validation loss; 0 never stops early")
+    body: bool = Field(description="Cut slices to the body, so that table, frame and size do not tell the class")
+    scheme: str | None = Field(description="Split scheme; null takes the source's own, else grouped folds")
+    fold: int = Field(ge=0, description="The fold that is tested")
+    seed: int = Field(ge=0, description="Seed of split, weights and augmentation")
+    tracker: str = Field(description="Registered tracker: none, mlflow or wandb")
+    experiment: str = Field(description="Name under which runs are tracked")
+    paths: ClassifyPaths
+
 
 class Config(Strict):
     "Everything in params.yaml."
@@ -119,10 +167,11 @@ class Config(Strict):
     predict: PredictConfig
     evaluate: EvaluateConfig
     demo: DemoConfig
+    classify: ClassifyConfig
     bench: BenchConfig
     log: LogConfig
 
-# %% ../../nbs/00_core.config.ipynb #c6c6108f
+# %% ../../nbs/00_core.config.ipynb #ac5ab7a6
 NOT_KEYS = {"EQ__MODE", "EQ__OUTPUTS"}  # variables of eq that stand for no key of a section
 
 
@@ -134,15 +183,24 @@ def _valid_keys(place: tuple[str, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def _check_key(key: str, what: str) -> tuple[str, str]:
-    "Section and field of a dotted key. Raises EqError naming the nearest valid key."
-    section, _, field = key.partition(".")
+def _leaves(place: tuple[str, ...]) -> list[tuple[str, ...]]:
+    "The way to each value below a section: one step, or two where a key holds keys."
+    model: Any = Config
+    for key in place:
+        model = model.model_fields[key].annotation
+    deeper = {k: isinstance(f.annotation, type) and issubclass(f.annotation, Strict) for k, f in model.model_fields.items()}
+    return [leaf for k, nested in deeper.items() for leaf in ([(k, *more) for more in _leaves((*place, k))] if nested else [(k,)])]
+
+
+def _check_key(key: str, what: str) -> tuple[str, ...]:
+    "The steps of a dotted key. Raises EqError naming the nearest valid key."
+    section, *rest = key.split(".")
     sections = [s for s in _valid_keys(()) if s != "mode"]
     if section not in sections:
         raise unknown_name(f"section in {what}", section, sections)
-    if field not in _valid_keys((section,)):
-        raise unknown_name(f"key in {what}", key, [f"{section}.{f}" for f in _valid_keys((section,))])
-    return section, field
+    if tuple(rest) not in _leaves((section,)):
+        raise unknown_name(f"key in {what}", key, [".".join((section, *leaf)) for leaf in _leaves((section,))])
+    return section, *rest
 
 
 def _from_environment() -> dict[str, Any]:
@@ -155,7 +213,7 @@ def _from_environment() -> dict[str, Any]:
             found[key] = text if key == "data.root" else yaml.safe_load(text)  # a folder may be called 2026
     return found
 
-# %% ../../nbs/00_core.config.ipynb #71d7e6de
+# %% ../../nbs/00_core.config.ipynb #cad19b2a
 def _read_params(path: Path) -> dict[str, Any]:
     "A YAML file that holds sections. Raises EqError naming the file."
     values = read_yaml(path)
@@ -163,7 +221,7 @@ def _read_params(path: Path) -> dict[str, Any]:
         raise EqError(f"{path} holds no sections; valid: {_valid_keys(())}")
     return values
 
-# %% ../../nbs/00_core.config.ipynb #e29d2972
+# %% ../../nbs/00_core.config.ipynb #3681ddf5
 def load_config(
     path: str | Path | None = None,  # A params.yaml; default is the one of the checkout
     mode: str | None = None,  # development, production or debug; default is EQ__MODE, then what the file says
@@ -177,25 +235,34 @@ def load_config(
         raise unknown_name("mode", str(chosen), sorted(modes))
     values["mode"] = chosen
     for key, value in {**modes[chosen], **_from_environment()}.items():
-        section, field = _check_key(key, f"the modes of {file.name}:")
-        values.setdefault(section, {})[field] = value
+        *way, field = _check_key(key, f"the modes of {file.name}:")
+        place = values
+        for step in way:
+            place = place.setdefault(step, {})
+        place[field] = value
     try:
         return Config.model_validate(values)
     except ValidationError as e:
         raise invalid(e, file.name, _valid_keys) from e
 
-# %% ../../nbs/00_core.config.ipynb #cd0f2b64
+# %% ../../nbs/00_core.config.ipynb #f9ed24b5
 @cache
-def _documented(section: str) -> dict[str, str]:
-    "Description of each key of a section."
-    model: Any = Config.model_fields[section].annotation
-    return {k: f.description or "" for k, f in model.model_fields.items()}
+def _documented(place: tuple[str, ...]) -> str:
+    "What a key means."
+    model: Any = Config
+    for key in place[:-1]:
+        model = model.model_fields[key].annotation
+    return model.model_fields[place[-1]].description or ""
 
 
 def describe(
     config: BaseModel,  # A configuration
 ) -> str:  # One line a key: dotted name, value, meaning
     "The whole configuration as text for a person."
-    sections = {s: keys for s, keys in plain(config.model_dump()).items() if isinstance(keys, dict)}
-    rows = [(f"{s}.{k}", str(v), _documented(s)[k]) for s, keys in sections.items() for k, v in keys.items()]
+    values, rows = plain(config.model_dump()), []
+    for place in _leaves(())[1:]:  # not `mode`
+        value: Any = values
+        for step in place:
+            value = value[step]
+        rows.append((".".join(place), str(value), _documented(place)))
     return "\n".join(f"{name:<22} {value:<14} {meaning}" for name, value, meaning in rows)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FitOptions', 'channel_stats', 'Fit', 'end_epoch', 'FitResult', 'fit_segment']
 
-# %% ../../nbs/36_training.fit_segment.ipynb #0595f250
+# %% ../../nbs/36_training.fit_segment.ipynb #f11c15dd
 # fastai builds much of itself at run time, where a type checker cannot follow
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ from .loss import LOSSES
 from .state import Progress, Trainee, load_state, save_state
 from .validate import Eye, Validation, validate
 
-# %% ../../nbs/36_training.fit_segment.ipynb #da264d3b
+# %% ../../nbs/36_training.fit_segment.ipynb #ce40a386
 @dataclass(frozen=True)
 class FitOptions:
     "How a segmentation network is fitted."
@@ -66,7 +66,7 @@ class FitOptions:
         if self.keep not in ("best", "last"):
             raise EqError(f"keep = {self.keep!r}; valid: 'best' or 'last'")
 
-# %% ../../nbs/36_training.fit_segment.ipynb #8872e315
+# %% ../../nbs/36_training.fit_segment.ipynb #6136aa70
 def channel_stats(
     samples: Sequence[Sample],  # Training images
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:  # Mean and standard deviation per channel, on the 0-1 scale
@@ -75,7 +75,7 @@ def channel_stats(
     pixels = np.concatenate([s.image.reshape(-1, s.image.shape[-1])[::7] for s in real]).astype(np.float64) / 255
     return tuple(pixels.mean(0).round(6).tolist()), tuple(np.maximum(pixels.std(0), 1 / 255).round(6).tolist())
 
-# %% ../../nbs/36_training.fit_segment.ipynb #b02363a7
+# %% ../../nbs/36_training.fit_segment.ipynb #d92be131
 class Fit:
     "A training run in a folder. Use `fit_segment`."
 
@@ -135,7 +135,7 @@ class Fit:
         found = {"validation_dice": score.dice, "step": self.clock.step, "seconds": self.clock.seconds(), **metrics}
         return replace(self.meta, threshold=score.threshold, tta=score.tta, metrics=found)
 
-# %% ../../nbs/36_training.fit_segment.ipynb #b1e2cf85
+# %% ../../nbs/36_training.fit_segment.ipynb #a4703db4
 def end_epoch(
     fit: Fit,  # The run
     loss: float,  # Mean training loss of the epoch
@@ -146,9 +146,9 @@ def end_epoch(
     score = fit.score()
     before = progress.seconds
     progress.step, progress.epoch = clock.step, progress.epoch + 1
-    improved = score.dice > progress.best_dice
+    improved = progress.best is None or score.dice > progress.best
     if improved:
-        progress.best_dice, progress.best_step = score.dice, clock.step
+        progress.best, progress.best_step = score.dice, clock.step
     row = {"epoch": progress.epoch, "step": clock.step, "crops": clock.step * fit.options.batch_size, "seconds": round(clock.seconds(), 2),
            "train_loss": loss, "valid_dice": score.dice, "threshold": score.threshold}
     progress.history.append(row)
@@ -161,7 +161,7 @@ def end_epoch(
     fit.stream.start = clock.step * fit.options.batch_size
     return finished
 
-# %% ../../nbs/36_training.fit_segment.ipynb #37adf51b
+# %% ../../nbs/36_training.fit_segment.ipynb #b39cf7d6
 @dataclass(frozen=True)
 class FitResult:
     "What a training run leaves behind."

@@ -6,7 +6,7 @@
 __all__ = ['RESUME', 'Progress', 'random_state', 'set_random_state', 'optimizer_state', 'set_optimizer_state', 'point', 'prune',
            'Trainee', 'save_state', 'load_state']
 
-# %% ../../nbs/33_training.state.ipynb #bfa726ea
+# %% ../../nbs/33_training.state.ipynb #4b02a591
 import os
 import random
 import shutil
@@ -23,7 +23,7 @@ from ..core.registry import EqError
 from ..core.results import CheckpointMeta
 from ..models.checkpoint import META, load_tensors, save_checkpoint, save_tensors
 
-# %% ../../nbs/33_training.state.ipynb #100f160f
+# %% ../../nbs/33_training.state.ipynb #dc2a4fff
 @dataclass
 class Progress:
     "Where a training run stands. Plain values only."
@@ -31,7 +31,7 @@ class Progress:
     step: int = 0  # optimiser steps done
     epoch: int = 0  # epochs done
     seconds: float = 0.0  # training time so far, validation included
-    best_dice: float = -1.0  # best validation Dice so far
+    best: float | None = None  # best validation score so far, higher is better (Dice, minus log loss); None before the first
     best_step: int = -1  # the step it was reached at
     history: list[dict[str, Any]] = field(default_factory=list)  # one row an epoch
 
@@ -64,7 +64,7 @@ def set_random_state(
     version, numbers, gauss = values["python"]
     random.setstate((version, tuple(numbers), gauss))
 
-# %% ../../nbs/33_training.state.ipynb #ae8415ed
+# %% ../../nbs/33_training.state.ipynb #30122767
 def optimizer_state(
     optimizer: torch.optim.Optimizer,  # Any torch optimiser
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:  # Its tensors by flat name, its parameter groups
@@ -88,7 +88,7 @@ def set_optimizer_state(
     groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in groups]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-# %% ../../nbs/33_training.state.ipynb #150d4d7c
+# %% ../../nbs/33_training.state.ipynb #40d94c68
 RESUME = "resume"
 
 
@@ -113,13 +113,13 @@ def prune(
         if step.resolve() not in kept:
             shutil.rmtree(step)
 
-# %% ../../nbs/33_training.state.ipynb #0d05b488
+# %% ../../nbs/33_training.state.ipynb #755325cf
 @dataclass
 class Trainee:
     "The parts of a training run that change while it runs."
 
     model: nn.Module  # being trained
-    average: nn.Module  # its moving average, the one that is used afterwards
+    average: nn.Module  # its moving average, the one that is used afterwards; `model` itself in a run without averaging
     optimizer: torch.optim.Optimizer
     progress: Progress
 
@@ -136,7 +136,8 @@ def save_state(
         shutil.rmtree(folder)
     random_tensors, random_values = random_state()
     opt_tensors, groups = optimizer_state(trainee.optimizer)
-    model = {f"model.{k}": v for k, v in trainee.model.state_dict().items()}
+    own = {} if trainee.average is trainee.model else trainee.model.state_dict()  # the same weights need not be written twice
+    model = {f"model.{k}": v for k, v in own.items()}
     try:
         save_checkpoint(folder, trainee.average, meta)
         digest = save_tensors(folder / f"{RESUME}.safetensors", {**model, **opt_tensors, **random_tensors})
@@ -150,7 +151,7 @@ def save_state(
     prune(checkpoints)
     return folder
 
-# %% ../../nbs/33_training.state.ipynb #7c5aa235
+# %% ../../nbs/33_training.state.ipynb #51534851
 def load_state(
     checkpoints: Path,  # Folder with the link `last`
     trainee: Trainee,  # Fresh parts of the same shapes; filled in place
@@ -163,14 +164,15 @@ def load_state(
     tensors = load_tensors(folder / f"{RESUME}.safetensors", about["sha256"])
     weights = load_tensors(folder / "model.safetensors", read_json(folder / META)["weights_sha256"])
     try:
-        trainee.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        trainee.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")} or weights)
         trainee.average.load_state_dict(weights)
         set_optimizer_state(trainee.optimizer, tensors, about["groups"])
     except (RuntimeError, ValueError) as error:
         raise EqError(f"{folder}: made by a run with another network ({str(error).splitlines()[0]})") from error
-    trainee.progress.__dict__.update(about["progress"])
+    progress = about["progress"]
+    trainee.progress.__dict__.update({"best" if k == "best_dice" else k: v for k, v in progress.items()})  # its name in older runs
     best = checkpoints / f"step-{trainee.progress.best_step:06d}"
-    if best.is_dir():  # killed between turning `last` and turning `best`
+    if best.is_dir() and (checkpoints / "best").resolve() != best.resolve():  # killed between turning `last` and turning `best`
         point(checkpoints / "best", best)
     set_random_state(tensors, about["random"])
     return True

@@ -1,0 +1,90 @@
+"""The classifier's pipeline under DVC: the second run does nothing, a changed value reruns what depends on it and nothing else."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("data_ingestion", "prepare_base_model", "training", "evaluation")
+SMALL = {"arch": "resnet18", "weights": "none", "image_size": [64, 64, 3], "epochs": 1, "batch_size": 16, "freeze": "none", "learning_rate": 0.01, "body": False,
+         "tracker": "none"}
+
+
+def archive(path: Path) -> Path:
+    "Two classes of numbered slices: bright squares are tumours; one file is no image."
+    rng, one = np.random.default_rng(0), path.with_suffix(".png")
+    with zipfile.ZipFile(path, "w") as target:
+        for label, level in (("Normal", 60), ("Tumor", 180)):
+            for i in range(80):
+                Image.fromarray(np.clip(rng.normal(level, 15, (40, 40)), 0, 255).astype(np.uint8)).save(one)
+                target.write(one, f"ct/{label}/{label}- ({i}).png")
+        target.writestr("ct/Tumor/Tumor- (99).png", "no image")
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    "A checkout of its own, so that outputs and DVC's files land there."
+    here = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(ROOT / "eq", here / "eq", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("settings.ini", "dvc.yaml"):
+        shutil.copy(ROOT / name, here / name)
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values["classify"] |= SMALL
+    values["classify"]["paths"]["source_url"] = str(archive(here / "ct.zip"))
+    (here / "params.yaml").write_text(yaml.safe_dump(values))
+    dvc(here, "init", "--no-scm")
+    return here
+
+
+def dvc(here: Path, *args: str) -> str:
+    "What a DVC command says; it has to succeed."
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    given = {k: v for k, v in os.environ.items() if not k.startswith("EQ__")}
+    env = {**given, "PATH": path, "PYTHONPATH": str(here), "DVC_NO_ANALYTICS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([Path(sys.executable).parent / "dvc", *args], cwd=here, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def change(here: Path, **values: object) -> None:
+    "Other values in section classify."
+    known = yaml.safe_load((here / "params.yaml").read_text())
+    known["classify"] |= values
+    (here / "params.yaml").write_text(yaml.safe_dump(known))
+
+
+def ran(said: str) -> set[str]:
+    "The stages that DVC says it ran."
+    return {stage for stage in STAGES if f"Running stage '{stage}'" in said}
+
+
+def test_stages_rerun_only_when_they_must(checkout):
+    assert ran(dvc(checkout, "repro")) == set(STAGES)
+    made = checkout / "outputs" / "classify"
+    scores = json.loads((made / "scores.json").read_text())
+    assert scores["verdict"] and scores["units"] >= 2 and 0 <= scores["network.accuracy"]["estimate"] <= 1
+    assert pd.read_csv(made / "images" / "skipped.csv")["image"].str.contains("99").tolist() == [True]
+    assert {"base_model", "base_model_updated", "model"} <= {p.name for p in made.iterdir()}
+    assert ran(dvc(checkout, "repro")) == set()
+    change(checkout, epochs=2)
+    assert ran(dvc(checkout, "repro")) == {"training", "evaluation"}
+    change(checkout, dropout=0.1)
+    said = dvc(checkout, "repro")
+    assert {"prepare_base_model", "training", "evaluation"} == ran(said), said
+    assert "accuracy" in dvc(checkout, "metrics", "show")
+
+
+def test_a_stage_without_its_forerunner_says_so(tmp_path):
+    env = {**os.environ, "EQ__CLASSIFY__PATHS__UNZIP_DIR": str(tmp_path / "none")}
+    done = subprocess.run([sys.executable, "-m", "eq", "classify", "train"], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "run `eq classify ingest` first" in done.stderr, done.stderr
