@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGED', 'WeightsFile', 'weights_path', 'packaged_weights', 'fitting', 'imagenet_encoder']
 
-# %% ../../nbs/20a_models.imagenet.ipynb #2433ca83
+# %% ../../nbs/20a_models.imagenet.ipynb #ca4d5b45
 import importlib.metadata
 import warnings
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import torch
 from ..core.files import sha256_file
 from ..core.registry import EqError, Registry
 
-# %% ../../nbs/20a_models.imagenet.ipynb #623e6286
+# %% ../../nbs/20a_models.imagenet.ipynb #fae5dd7f
 @dataclass(frozen=True)
 class WeightsFile:
     "A file of pretrained weights inside an installed package."
@@ -36,7 +36,7 @@ for _name, _file, _hash in (
 ):
     PACKAGED.register(_name)(WeightsFile(_file.split("/", maxsplit=1)[0], _file, _hash))
 
-# %% ../../nbs/20a_models.imagenet.ipynb #f7693c98
+# %% ../../nbs/20a_models.imagenet.ipynb #65e264cc
 def weights_path(
     weights: WeightsFile,  # What is looked for
 ) -> Path | None:  # Where it lies, None where the package is not installed
@@ -69,7 +69,7 @@ def packaged_weights(
         raise EqError(f"{path} is not the file that was published (SHA-256 {weights.sha256[:12]}...); reinstall it: pip install --force-reinstall {weights.package}")
     return _renamed(torch.load(path, map_location="cpu", weights_only=True), timm.create_model(name, pretrained=False).state_dict(), path)
 
-# %% ../../nbs/20a_models.imagenet.ipynb #e6b4372a
+# %% ../../nbs/20a_models.imagenet.ipynb #89500c24
 def _from_hub(encoder: str, in_channels: int) -> dict[str, torch.Tensor]:
     "Downloads, or takes from the local cache. Raises EqError when they cannot be had."
     weights = True if encoder.startswith(("tu-", "timm-")) else "imagenet"
@@ -79,7 +79,7 @@ def _from_hub(encoder: str, in_channels: int) -> dict[str, torch.Tensor]:
         why = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         known = ", ".join(f"tu-{name}" for name in PACKAGED if weights_path(PACKAGED[name]))
         raise EqError(f"ImageNet weights for encoder {encoder!r} cannot be had ({why}); give a local file (pretrained=/path/model.safetensors), "
-                      f"ask for pretrained=false, or take an encoder whose weights are installed: {known or 'none is'}") from error
+                      f"ask for pretrained=False, or take an encoder whose weights are installed: {known or 'none is'}") from error
 
 
 def fitting(
