@@ -6,7 +6,7 @@
 __all__ = ['NOT_KEYS', 'DataConfig', 'TrainConfig', 'TaskConfig', 'PredictConfig', 'EvaluateConfig', 'DemoConfig', 'BenchConfig',
            'LogConfig', 'Config', 'load_config', 'describe']
 
-# %% ../../nbs/00_core.config.ipynb #f53c20ad
+# %% ../../nbs/00_core.config.ipynb #7eb05b7e
 import os
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from .paths import params_file, read_yaml
 from .registry import EqError, unknown_name
 from .results import Strict, invalid
 
-# %% ../../nbs/00_core.config.ipynb #196a6452
+# %% ../../nbs/00_core.config.ipynb #578088a9
 class DataConfig(Strict):
     "Where images are and how they are read."
 
@@ -60,8 +60,8 @@ class TaskConfig(Strict):
     paste: float = Field(ge=0, le=1, description="Chance that an object of another image is pasted into a crop")
     encoder_lr: float = Field(gt=0, le=1, description="Where the encoder learned elsewhere (a transfer, ImageNet): its learning rate as a part of lr")
     frozen_until: float = Field(ge=0, lt=1, description="Where the encoder learned elsewhere: part of the run in which it does not learn")
-    rehearsal: float = Field(ge=0, lt=1, description="From scratch: part of the run that is spent first on painted images")
-    painted: float = Field(ge=0, lt=1, description="From scratch: share of crops from painted images in the rest of the run")
+    rehearsal: float = Field(ge=0, lt=1, description="Part of the run that is spent first on painted images, where the training images are real")
+    painted: float = Field(ge=0, lt=1, description="Share of crops from painted images in the rest of such a run")
 
 
 class PredictConfig(Strict):
@@ -73,7 +73,7 @@ class PredictConfig(Strict):
     tile: int = Field(ge=64, multiple_of=32, description="Edge of a tile, pixels at the working resolution")
     overlap: int = Field(ge=0, description="Pixels that neighbouring tiles share and blend over")
 
-# %% ../../nbs/00_core.config.ipynb #6ce21288
+# %% ../../nbs/00_core.config.ipynb #d318fe67
 class EvaluateConfig(Strict):
     "How predictions are scored."
 
@@ -93,7 +93,7 @@ class DemoConfig(Strict):
     min_dice: float = Field(ge=0, le=1, description="Exit with 1 below this Dice on unseen animals")
     seed: int = Field(ge=0, description="Seed of images and training")
 
-# %% ../../nbs/00_core.config.ipynb #d51779b1
+# %% ../../nbs/00_core.config.ipynb #3235ea29
 class BenchConfig(Strict):
     "How benchmarks are run."
 
@@ -122,7 +122,7 @@ class Config(Strict):
     bench: BenchConfig
     log: LogConfig
 
-# %% ../../nbs/00_core.config.ipynb #c6c6108f
+# %% ../../nbs/00_core.config.ipynb #96bf3626
 NOT_KEYS = {"EQ__MODE", "EQ__OUTPUTS"}  # variables of eq that stand for no key of a section
 
 
@@ -155,7 +155,7 @@ def _from_environment() -> dict[str, Any]:
             found[key] = text if key == "data.root" else yaml.safe_load(text)  # a folder may be called 2026
     return found
 
-# %% ../../nbs/00_core.config.ipynb #71d7e6de
+# %% ../../nbs/00_core.config.ipynb #3afb59a2
 def _read_params(path: Path) -> dict[str, Any]:
     "A YAML file that holds sections. Raises EqError naming the file."
     values = read_yaml(path)
@@ -163,7 +163,7 @@ def _read_params(path: Path) -> dict[str, Any]:
         raise EqError(f"{path} holds no sections; valid: {_valid_keys(())}")
     return values
 
-# %% ../../nbs/00_core.config.ipynb #e29d2972
+# %% ../../nbs/00_core.config.ipynb #7103f915
 def load_config(
     path: str | Path | None = None,  # A params.yaml; default is the one of the checkout
     mode: str | None = None,  # development, production or debug; default is EQ__MODE, then what the file says
@@ -184,7 +184,7 @@ def load_config(
     except ValidationError as e:
         raise invalid(e, file.name, _valid_keys) from e
 
-# %% ../../nbs/00_core.config.ipynb #cd0f2b64
+# %% ../../nbs/00_core.config.ipynb #82fffc78
 @cache
 def _documented(section: str) -> dict[str, str]:
     "Description of each key of a section."
