@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGED', 'WeightsFile', 'weights_path', 'packaged_weights', 'fitting', 'imagenet_encoder']
 
-# %% ../../nbs/20a_models.imagenet.ipynb #ca4d5b45
+# %% ../../nbs/20a_models.imagenet.ipynb #2d3be7de
 import importlib.metadata
 import warnings
 from dataclasses import dataclass
@@ -17,8 +17,9 @@ import torch
 
 from ..core.files import sha256_file
 from ..core.registry import EqError, Registry
+from .unpickle import read_weights
 
-# %% ../../nbs/20a_models.imagenet.ipynb #fae5dd7f
+# %% ../../nbs/20a_models.imagenet.ipynb #e09ecb33
 @dataclass(frozen=True)
 class WeightsFile:
     "A file of pretrained weights inside an installed package."
@@ -36,7 +37,7 @@ for _name, _file, _hash in (
 ):
     PACKAGED.register(_name)(WeightsFile(_file.split("/", maxsplit=1)[0], _file, _hash))
 
-# %% ../../nbs/20a_models.imagenet.ipynb #65e264cc
+# %% ../../nbs/20a_models.imagenet.ipynb #5c0963ea
 def weights_path(
     weights: WeightsFile,  # What is looked for
 ) -> Path | None:  # Where it lies, None where the package is not installed
@@ -67,9 +68,11 @@ def packaged_weights(
         return None
     if not path.is_file() or sha256_file(path) != weights.sha256:
         raise EqError(f"{path} is not the file that was published (SHA-256 {weights.sha256[:12]}...); reinstall it: pip install --force-reinstall {weights.package}")
-    return _renamed(torch.load(path, map_location="cpu", weights_only=True), timm.create_model(name, pretrained=False).state_dict(), path)
+    with path.open("rb") as file:
+        tensors, *_ = read_weights(file, path.stat().st_size, trust=False)
+    return _renamed(tensors, timm.create_model(name, pretrained=False).state_dict(), path)
 
-# %% ../../nbs/20a_models.imagenet.ipynb #89500c24
+# %% ../../nbs/20a_models.imagenet.ipynb #d301fd44
 def _from_hub(encoder: str, in_channels: int) -> dict[str, torch.Tensor]:
     "Downloads, or takes from the local cache. Raises EqError when they cannot be had."
     weights = True if encoder.startswith(("tu-", "timm-")) else "imagenet"
