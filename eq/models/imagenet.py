@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGED', 'WeightsFile', 'weights_path', 'packaged_weights', 'fitting', 'imagenet_encoder']
 
-# %% ../../nbs/20a_models.imagenet.ipynb #2d3be7de
+# %% ../../nbs/20a_models.imagenet.ipynb #fa2e162e
 import importlib.metadata
 import warnings
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from ..core.files import sha256_file
 from ..core.registry import EqError, Registry
 from .unpickle import read_weights
 
-# %% ../../nbs/20a_models.imagenet.ipynb #e09ecb33
+# %% ../../nbs/20a_models.imagenet.ipynb #268df1a8
 @dataclass(frozen=True)
 class WeightsFile:
     "A file of pretrained weights inside an installed package."
@@ -37,7 +37,7 @@ for _name, _file, _hash in (
 ):
     PACKAGED.register(_name)(WeightsFile(_file.split("/", maxsplit=1)[0], _file, _hash))
 
-# %% ../../nbs/20a_models.imagenet.ipynb #5c0963ea
+# %% ../../nbs/20a_models.imagenet.ipynb #3fdcd62a
 def weights_path(
     weights: WeightsFile,  # What is looked for
 ) -> Path | None:  # Where it lies, None where the package is not installed
@@ -72,7 +72,7 @@ def packaged_weights(
         tensors, *_ = read_weights(file, path.stat().st_size, trust=False)
     return _renamed(tensors, timm.create_model(name, pretrained=False).state_dict(), path)
 
-# %% ../../nbs/20a_models.imagenet.ipynb #d301fd44
+# %% ../../nbs/20a_models.imagenet.ipynb #1f60eb32
 def _from_hub(encoder: str, in_channels: int) -> dict[str, torch.Tensor]:
     "Downloads, or takes from the local cache. Raises EqError when they cannot be had."
     weights = True if encoder.startswith(("tu-", "timm-")) else "imagenet"
