@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'Benchmark', 'BENCHES', 'Row', 'Sitting', 'plot_rows', 'write_plot', 'load_bench', 'run_benches', 'command']
 
-# %% ../../nbs/77_workflows.bench.ipynb #2159b99d
+# %% ../../nbs/77_workflows.bench.ipynb #10b07525
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -22,7 +22,7 @@ from ..core.paths import repo_root
 from ..core.provenance import code_version
 from ..core.registry import EqError, Registry
 
-# %% ../../nbs/77_workflows.bench.ipynb #f380000b
+# %% ../../nbs/77_workflows.bench.ipynb #5fc80034
 COLUMNS = ["bench", "variant", "metric", "value", "unit", "seed", "run", "date", "commit", "command"]
 
 
@@ -61,13 +61,13 @@ class Sitting:
                 pd.concat([*old, new], ignore_index=True).to_csv(temp, index=False)
         return path
 
-# %% ../../nbs/77_workflows.bench.ipynb #53101ed7
+# %% ../../nbs/77_workflows.bench.ipynb #3f75697d
 def plot_rows(
     table: pd.DataFrame,  # Rows of one run
     metrics: list[str],  # What to show, one panel each
 ) -> Figure:  # One panel a metric
     "Dots for seeds (and folds), a bar for their mean, variants from top to bottom in the order of the table."
-    variants = list(dict.fromkeys(table["variant"]))
+    variants = list(dict.fromkeys(table.loc[table["metric"].isin(metrics), "variant"]))
     figure = Figure(figsize=(3.2 * len(metrics) + 1.5, 0.45 * len(variants) + 1.2), layout="constrained")
     for ax, metric in zip(figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0], metrics, strict=True):
         part = table[table["metric"] == metric].astype({"value": float})
@@ -91,7 +91,7 @@ def write_plot(
         plot_rows(table, metrics).savefig(temp, format="png", dpi=130)
     return csv.with_suffix(".png")
 
-# %% ../../nbs/77_workflows.bench.ipynb #063b9c63
+# %% ../../nbs/77_workflows.bench.ipynb #17e972c6
 Benchmark = Callable[[Sitting, float | None, tuple[int, ...] | None, list[str] | None], None]
 BENCHES: Registry[str] = Registry("benchmark")  # name to "module:function"
 BENCHES.register("em")("eq.workflows.bench_segment:bench_em")
