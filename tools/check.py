@@ -8,9 +8,11 @@ notebooks  every notebook's tests; cells flagged `data` run where the images are
 pytest   tests/, with the coverage of eq/ by notebooks and tests together
 """
 import argparse
+import contextlib
 import filecmp
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 LOGS = ROOT / "build" / "check"
 COVER_AT_LEAST = 80
+LONGEST = 50 * 60  # seconds of pytest; it takes ten minutes
 STEPS = ("export", "layers", "style", "types", "notebooks", "pytest")
 
 
@@ -91,17 +94,23 @@ class Steps:
             print("".join(f"    {line}\n" for line in shown), end="", flush=True)
 
     def pytest(self, command: list, **env: str) -> str:
-        "The last step, shown as it goes but for its closing line, which is returned."
-        start, held, closing = time.time(), "", "no tests were run"
-        with open(LOGS / "pytest.log", "w", encoding="utf-8") as log:
-            whole = [str(c) for c in command]
-            process = subprocess.Popen(whole, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(**env))
+        "The last step, shown as it goes but for its closing line, which is returned. All that it started ends with it."
+        start, held, closing, whole = time.time(), "", "no tests were run", [str(c) for c in command]
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment(**env), "start_new_session": True}
+        with open(LOGS / "pytest.log", "w", encoding="utf-8") as log, subprocess.Popen(whole, cwd=ROOT, **how) as process:
+            watch = threading.Timer(LONGEST, os.killpg, (process.pid, signal.SIGKILL))  # what hangs shall not eat the time in which it could be told
+            watch.start()
             assert process.stdout is not None
-            for line in process.stdout:
-                log.write(line)
-                print(held, end="", flush=True)
-                held = line
-            code = process.wait()
+            try:
+                for line in process.stdout:
+                    log.write(line)
+                    print(held, end="", flush=True)
+                    held = line
+                code = process.wait()
+            finally:
+                watch.cancel()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         closing, extra = (held.strip(), "") if " in " in held and ("passed" in held or "failed" in held) else (closing, held)
         print(extra, end="")
         self.results["pytest"] = (code, time.time() - start)

@@ -6,7 +6,7 @@
 __all__ = ['PACKAGED', 'WeightsFile', 'weights_path', 'packaged_weights', 'no_weights', 'packaged_or_hub', 'fitting',
            'imagenet_encoder']
 
-# %% ../../nbs/20a_models.imagenet.ipynb #490df060
+# %% ../../nbs/20a_models.imagenet.ipynb #a225a20a
 import importlib.metadata
 import warnings
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ..core.files import sha256_file
 from ..core.registry import EqError, Registry
 from .unpickle import read_weights
 
-# %% ../../nbs/20a_models.imagenet.ipynb #2725127f
+# %% ../../nbs/20a_models.imagenet.ipynb #c959a085
 @dataclass(frozen=True)
 class WeightsFile:
     "A file of pretrained weights inside an installed package."
@@ -38,7 +38,7 @@ for _name, _file, _hash in (
 ):
     PACKAGED.register(_name)(WeightsFile(_file.split("/", maxsplit=1)[0], _file, _hash))
 
-# %% ../../nbs/20a_models.imagenet.ipynb #9d3b820f
+# %% ../../nbs/20a_models.imagenet.ipynb #23f3f4be
 def weights_path(
     weights: WeightsFile,  # What is looked for
 ) -> Path | None:  # Where it lies, None where the package is not installed
@@ -73,7 +73,7 @@ def packaged_weights(
         tensors, *_ = read_weights(file, path.stat().st_size, trust=False)
     return _renamed(tensors, timm.create_model(name, pretrained=False).state_dict(), path)
 
-# %% ../../nbs/20a_models.imagenet.ipynb #0fb295e0
+# %% ../../nbs/20a_models.imagenet.ipynb #b35181d2
 def no_weights(
     name: str,  # The network or encoder as the user typed it
     error: Exception,  # Why they cannot be had
