@@ -6,7 +6,7 @@
 __all__ = ['BANK', 'REFERENCE', 'MOST_PICTURES', 'FEW_UNITS', 'PictureReference', 'PictureGate', 'fit_picture_gate',
            'load_picture_gate']
 
-# %% ../../nbs/45c_inference.picture_gate.ipynb #139ef7bf
+# %% ../../nbs/45c_inference.picture_gate.ipynb #d555840f
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .distance import DISTANCES, cross_distances, limits_of
 from .picture_features import embed_pictures
 from ..models.checkpoint import checkpoint_folder, load_tensors, save_tensors
 
-# %% ../../nbs/45c_inference.picture_gate.ipynb #eba057d8
+# %% ../../nbs/45c_inference.picture_gate.ipynb #984310e8
 BANK, REFERENCE = "picture_gate.safetensors", "picture_gate.json"
 MOST_PICTURES = 1000  # of the training pictures, evenly over the list
 FEW_UNITS = 5  # fewer units are not left out whole, or hardly anything would be left
@@ -71,7 +71,7 @@ class PictureGate:
                for d in self.distances(images)]  # fmt: skip
         return ["blank: every pixel has one value" if empty else why for empty, why in zip(blank, far, strict=True)]
 
-# %% ../../nbs/45c_inference.picture_gate.ipynb #b3faf851
+# %% ../../nbs/45c_inference.picture_gate.ipynb #876dcf25
 def _usual(bank: np.ndarray, units: tuple[str, ...], distance: str) -> tuple[np.ndarray, str]:
     "Distances of training pictures to one another, and what was left out each time."
     whole = len(set(units)) >= FEW_UNITS

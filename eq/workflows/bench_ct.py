@@ -6,16 +6,17 @@
 __all__ = ['LONG', 'PROTOCOLS', 'ZOO', 'Judged', 'by_blocks', 'by_runs', 'at_random', 'Competitor', 'with_weights', 'recipe',
            'pooled', 'score_rows', 'choose_best', 'bench_ct']
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #0e79984b
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #593fc136
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from ..core.classification import class_intervals
 from ..core.config import ClassifyConfig, load_config
-from ..core.metrics import Interval
+from ..core.results import Interval
 from ..core.paths import outputs_root
 from ..core.registry import EqError, Registry, unknown_name
 from ..data.cohort import Cohort
@@ -27,7 +28,7 @@ from .bench import Row, Sitting, write_plot
 from .classify_stages import pictures_of
 from .classify_train import independent_runs, majority, size_only, train_split
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #1e68765d
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #336be64e
 LONG = 60  # slices: a run at least so long is trained on in the protocol "runs"
 PROTOCOLS: Registry[Callable[[Cohort], list[Split]]] = Registry("protocol")
 
@@ -50,8 +51,8 @@ def by_runs(
     if set(cohort.table["label"][short]) != set(cohort.table["label"]):
         raise EqError(f"{cohort.name}: not every class has a run of fewer than {LONG} slices to be tested on")
     inner = split_cohort(cohort.subset(~short), "blocks", purpose="bench", fold=0)
-    part = dict.fromkeys(inner.train.table["image"], "train") | dict.fromkeys([*inner.validate.table["image"], *inner.test.table["image"]], "validate")
-    table = cohort.table.assign(part=["test" if s else part.get(i, "") for i, s in zip(cohort.table["image"], short, strict=True)])
+    parts = [c.table.assign(part=name) for c, name in ((inner.train, "train"), (inner.validate, "validate"), (inner.test, "validate"))]
+    table = pd.concat([*parts, cohort.table[short].assign(part="test")], ignore_index=True)  # with the blocks that the inner split counted
     return [split_cohort(replace(cohort, table=table, split_unit="block"), "declared", purpose="bench")]
 
 
@@ -62,7 +63,7 @@ def at_random(
     "Single slices at random: neighbours on both sides of the split."
     return [split_cohort(replace(cohort, split_unit="image"), "grouped_kfold", purpose="bench", k=5, fold=0)]
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #9bb8b1ba
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #f5f75ed5
 @dataclass(frozen=True)
 class Competitor:
     "A network and where its weights come from."
@@ -104,7 +105,7 @@ def recipe(
         changes |= {"optimiser": "adamw", "schedule": "cosine", "weight_decay": 0.05, "freeze": "none" if competitor.weights == "none" else "until:0.2"}
     return load_config().classify.model_copy(update=changes)
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #95eefc1a
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #e2bd79d9
 Judged = tuple[np.ndarray, np.ndarray, list[str]]  # probabilities, labels, units
 
 
@@ -130,7 +131,7 @@ def score_rows(
         rows += [Row(variant, f"{protocol}_{metric}{end}", round(float(v), 4), seed=str(seed)) for end, v in ends.items()]
     return rows
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #73d51bb6
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #dcef717e
 def choose_best(
     split: Split,  # Of the first fold
     minutes: float,  # For each candidate
