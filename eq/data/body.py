@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['LEAST', 'AIR', 'body_mask']
 
-# %% ../../nbs/17d_data.body.ipynb #8b557142
+# %% ../../nbs/17d_data.body.ipynb #c8cf7d1a
+from typing import cast
+
 import numpy as np
 from scipy import ndimage
 
-# %% ../../nbs/17d_data.body.ipynb #e8d1e2d1
+# %% ../../nbs/17d_data.body.ipynb #c535db1e
 LEAST = 0.02  # share of the picture: a smaller piece is no body
 AIR = 0.05  # of the bright parts: what is darker is air
 
@@ -23,10 +25,10 @@ def body_mask(
         return np.zeros(grey.shape, bool)
     bright, reach = AIR * np.percentile(grey, 99.5), max(1, round(max(grey.shape) / 100))
     tissue = ndimage.binary_opening(ndimage.gaussian_filter(grey, 1) > bright, iterations=reach)
-    labels, count = ndimage.label(tissue)
+    labels, count = cast("tuple[np.ndarray, int]", ndimage.label(tissue))
     if not count:
         return np.zeros(grey.shape, bool)
     sizes = np.bincount(labels.ravel())[1:]
     if sizes.max() < LEAST * grey.size:
         return np.zeros(grey.shape, bool)
-    return ndimage.binary_fill_holes(labels == sizes.argmax() + 1)
+    return np.asarray(ndimage.binary_fill_holes(labels == sizes.argmax() + 1))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALLEST', 'square', 'cut_to_body', 'read_picture', 'Pictures', 'class_names', 'load_pictures']
 
-# %% ../../nbs/17c_data.pictures.ipynb #8e1d3f94
+# %% ../../nbs/17c_data.pictures.ipynb #8204d4d5
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from .cohort import Cohort
 from .io import open_image
 from .io import read_picture as read_region
 
-# %% ../../nbs/17c_data.pictures.ipynb #b5ed998d
+# %% ../../nbs/17c_data.pictures.ipynb #4e538827
 SMALLEST = 32  # pixels along a side: below that there is nothing to classify
 
 
@@ -62,7 +62,7 @@ def read_picture(
     rgb = read_region(image, (0, 0, image.height, image.width))
     return square(cut_to_body(rgb) if body else rgb, side)
 
-# %% ../../nbs/17c_data.pictures.ipynb #21ff017e
+# %% ../../nbs/17c_data.pictures.ipynb #2a343a7b
 @dataclass(frozen=True)
 class Pictures:
     "Images of one size with a class each. Raises EqError where lengths differ."
@@ -101,7 +101,7 @@ class Pictures:
         "How many of each class."
         return {name: int((self.labels == i).sum()) for i, name in enumerate(self.classes)}
 
-# %% ../../nbs/17c_data.pictures.ipynb #e4040570
+# %% ../../nbs/17c_data.pictures.ipynb #0ccdad6e
 def class_names(
     cohort: Cohort,  # Its `label` column holds the classes
 ) -> tuple[str, ...]:  # Sorted
@@ -112,7 +112,7 @@ def class_names(
         raise EqError(f"{cohort.name}: no class for {empty[:3] or 'any image'}; fill the 'label' column")
     names = tuple(sorted({str(label) for label in labels}))
     if len(names) < 2:
-        raise EqError(f"{cohort.name}: one class only, {names[0]!r}; valid: two or more")
+        raise EqError(f"{cohort.name}: one class only, {labels[0]!r}; valid: two or more")
     if wrong := [n for n in names if "/" in n or "\\" in n or n in (".", "..")]:
         raise EqError(f"{cohort.name}: class {wrong[0]!r} cannot name a folder; rename it")
     return names
@@ -139,7 +139,9 @@ def load_pictures(
         except EqError as error:
             skipped[name] = str(error)
             continue
-        labels.append(classes.index(label)), names.append(name), units.append(group)
+        labels.append(classes.index(label))
+        names.append(name)
+        units.append(group)
     images = np.stack(found) if found else np.zeros((0, side, side, 3), np.uint8)
     pictures = Pictures(images, np.array(labels, np.int64), classes, tuple(names), tuple(units), skipped)
     if missing := [c for c, n in pictures.counts().items() if not n]:

@@ -6,10 +6,11 @@
 __all__ = ['MEAN', 'STD', 'CLASSIFIERS', 'TIMM', 'Parts', 'Family', 'timm_family', 'classifier_family', 'create_classifier',
            'freeze_features']
 
-# %% ../../nbs/20c_models.classifier.ipynb #b2ec008f
+# %% ../../nbs/20c_models.classifier.ipynb #33c41311
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
@@ -20,7 +21,7 @@ from torchvision.models import VGG16_Weights, vgg16
 from ..core.registry import EqError, Registry, unknown_name
 from .imagenet import no_weights, packaged_or_hub
 
-# %% ../../nbs/20c_models.classifier.ipynb #b514c002
+# %% ../../nbs/20c_models.classifier.ipynb #c777ad9d
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's photographs, on the 0-1 scale
 
 
@@ -46,13 +47,13 @@ class Family:
 
 CLASSIFIERS: Registry[Family] = Registry("classifier")
 
-# %% ../../nbs/20c_models.classifier.ipynb #c7e88581
+# %% ../../nbs/20c_models.classifier.ipynb #37ee9feb
 def _vgg16(in_channels: int, classes: int, dropout: float) -> nn.Module:
     "VGG16 (Simonyan and Zisserman 2015, arXiv 1409.1556): features, 7x7 pooling, 25088-4096-4096-classes."
     model = vgg16(weights=None, num_classes=classes, dropout=dropout)
     if in_channels != 3:
-        first = model.features[0]
-        model.features[0] = nn.Conv2d(in_channels, first.out_channels, 3, padding=1)
+        layers = cast(nn.Sequential, model.features)
+        layers[0] = nn.Conv2d(in_channels, cast(nn.Conv2d, layers[0]).out_channels, 3, padding=1)
     return model
 
 
@@ -75,10 +76,10 @@ def timm_family(
         return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=in_channels, drop_rate=dropout)
 
     def parts(model: nn.Module) -> Parts:
-        known, last = model.default_cfg, model.feature_info[-1]["module"]  # type: ignore[index,union-attr]
-        head = known["classifier"]  # type: ignore[index]
-        shown = {k: tuple(known[k]) for k in ("mean", "std")}  # type: ignore[index]
-        return Parts((head,) if isinstance(head, str) else tuple(head), last, hasattr(model, "cls_token"), **shown)
+        known, steps = cast(dict[str, Any], model.default_cfg), cast(list[dict[str, Any]], model.feature_info)
+        head = known["classifier"]
+        heads = (head,) if isinstance(head, str) else tuple(head)
+        return Parts(heads, steps[-1]["module"], hasattr(model, "cls_token"), tuple(known["mean"]), tuple(known["std"]))
 
     return Family(build, lambda: packaged_or_hub(name), parts)
 
@@ -99,7 +100,7 @@ def classifier_family(
         raise unknown_name("timm network", arch, [f"tu-{n}" for n in timm.list_models()])
     return timm_family(arch.removeprefix("tu-"))
 
-# %% ../../nbs/20c_models.classifier.ipynb #3081c303
+# %% ../../nbs/20c_models.classifier.ipynb #72972ba2
 def _fill(model: nn.Module, found: dict[str, torch.Tensor], parts: Parts, origin: str) -> None:
     own = model.state_dict()
     fits = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape}

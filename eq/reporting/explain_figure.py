@@ -24,7 +24,7 @@ from ..inference.explain import Explanation
 from ..inference.explain_score import PASSED, MapScores
 from .overlay import draw_outlines
 from .plotly_page import plotly_objects, write_plotly
-from .render import Check, Figure, Report, Section, Stat, write_report
+from .render import Check, Figure, Report, Section, Stat
 
 # %% ../../nbs/63_reporting.explain_figure.ipynb #b0cb47f9
 COLOURS, BODY, MOST = "magma", (0, 229, 255), 0.75  # colour map, outline of the body, opacity where the map is 1

@@ -6,7 +6,7 @@
 __all__ = ['LONG', 'PROTOCOLS', 'ZOO', 'Judged', 'by_blocks', 'by_runs', 'at_random', 'Competitor', 'with_weights', 'recipe',
            'pooled', 'score_rows', 'choose_best', 'bench_ct']
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #593fc136
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #399a0f7b
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +16,9 @@ import pandas as pd
 
 from ..core.classification import class_intervals
 from ..core.config import ClassifyConfig, load_config
-from ..core.results import Interval
 from ..core.paths import outputs_root
 from ..core.registry import EqError, Registry, unknown_name
+from ..core.results import Interval
 from ..data.cohort import Cohort
 from ..data.pictures import Pictures, class_names
 from ..data.source import load_source
@@ -28,7 +28,7 @@ from .bench import Row, Sitting, write_plot
 from .classify_stages import pictures_of
 from .classify_train import independent_runs, majority, size_only, train_split
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #336be64e
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #ec46a07f
 LONG = 60  # slices: a run at least so long is trained on in the protocol "runs"
 PROTOCOLS: Registry[Callable[[Cohort], list[Split]]] = Registry("protocol")
 
@@ -47,7 +47,7 @@ def by_runs(
 ) -> list[Split]:  # One
     "Long runs train and validate (their last blocks), short runs are tested. Raises EqError where a class has no short run."
     length = cohort.table.groupby("run")["image"].transform("size")
-    short = (length < LONG).to_numpy()
+    short = length.to_numpy() < LONG
     if set(cohort.table["label"][short]) != set(cohort.table["label"]):
         raise EqError(f"{cohort.name}: not every class has a run of fewer than {LONG} slices to be tested on")
     inner = split_cohort(cohort.subset(~short), "blocks", purpose="bench", fold=0)
@@ -63,7 +63,7 @@ def at_random(
     "Single slices at random: neighbours on both sides of the split."
     return [split_cohort(replace(cohort, split_unit="image"), "grouped_kfold", purpose="bench", k=5, fold=0)]
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #f5f75ed5
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #1fd3adcb
 @dataclass(frozen=True)
 class Competitor:
     "A network and where its weights come from."
@@ -105,7 +105,7 @@ def recipe(
         changes |= {"optimiser": "adamw", "schedule": "cosine", "weight_decay": 0.05, "freeze": "none" if competitor.weights == "none" else "until:0.2"}
     return load_config().classify.model_copy(update=changes)
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #e2bd79d9
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #66468399
 Judged = tuple[np.ndarray, np.ndarray, list[str]]  # probabilities, labels, units
 
 
@@ -131,7 +131,7 @@ def score_rows(
         rows += [Row(variant, f"{protocol}_{metric}{end}", round(float(v), 4), seed=str(seed)) for end, v in ends.items()]
     return rows
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #dcef717e
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #b4b19027
 def choose_best(
     split: Split,  # Of the first fold
     minutes: float,  # For each candidate

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'classify', 'ingest_images', 'prepare_model', 'train_model', 'evaluate_model', 'predict_images']
 
-# %% ../../nbs/73e_workflows.classify.ipynb #274e07ef
+# %% ../../nbs/73e_workflows.classify.ipynb #ebed3f7f
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +13,7 @@ import typer
 
 from ..core.config import ClassifyConfig, load_config
 
-# %% ../../nbs/73e_workflows.classify.ipynb #75a69168
+# %% ../../nbs/73e_workflows.classify.ipynb #6d418832
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="Classify whole images: stages of the pipeline, and prediction.")
 
 
@@ -39,8 +39,8 @@ def ingest_images() -> None:
 @app.command("prepare", epilog="Example: EQ__CLASSIFY__WEIGHTS=none eq classify prepare")
 def prepare_model() -> None:
     "Stage 2: the network as it comes, and with a head for our classes; both are kept."
-    from eq.workflows.classify_stages import ingested, prepare_base
     from eq.data.pictures import class_names
+    from eq.workflows.classify_stages import ingested, prepare_base
 
     for folder in prepare_base(_config(), class_names(ingested(_config()))):
         typer.echo(str(folder))
@@ -71,7 +71,7 @@ def evaluate_model() -> None:
                        if value["low"] is not None else f"  {name:9} {value['estimate']:.3f} (no interval: {value['note']})")
     typer.echo(str(placed(config.paths.scores)))
 
-# %% ../../nbs/73e_workflows.classify.ipynb #1c3ccaa7
+# %% ../../nbs/73e_workflows.classify.ipynb #06021e91
 @app.command("predict", epilog="Example: eq classify predict slices/*.jpg --model outputs/classify/model --out predictions.csv")
 def predict_images(
     images: Annotated[list[Path], typer.Argument(help="Images, or folders of images")],  # What to classify

@@ -6,7 +6,7 @@
 __all__ = ['fit_options', 'about_data', 'train_classifier', 'train_split', 'file_size', 'size_only', 'majority',
            'independent_runs', 'verdict', 'scored', 'judge', 'evaluate_classifier']
 
-# %% ../../nbs/73d_workflows.classify_train.ipynb #7db15f32
+# %% ../../nbs/73d_workflows.classify_train.ipynb #d5138ebc
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +18,9 @@ import pandas as pd
 from ..core.classification import class_intervals, class_scores, reliability_table
 from ..core.config import ClassifyConfig, load_config
 from ..core.environment import code_version
-from ..core.files import atomic_write, plain, read_json, write_json
-from ..core.results import Interval
+from ..core.files import atomic_write, plain, write_json
 from ..core.provenance import start_run
+from ..core.results import Interval
 from ..data.io import open_image
 from ..data.pictures import Pictures, class_names
 from ..data.split import Split
@@ -32,7 +32,7 @@ from ..training.fit_classify import ClassifyOptions, ClassifyResult, fit_classif
 from ..training.tracking import TrackPlan, start_tracker
 from .classify_stages import COHORT, beginning, describe_classifier, ingested, pictures_of, placed, prepared, renew, split_of
 
-# %% ../../nbs/73d_workflows.classify_train.ipynb #d46a0448
+# %% ../../nbs/73d_workflows.classify_train.ipynb #7fb1f6d4
 def fit_options(
     config: ClassifyConfig,  # Section classify
     quiet: bool = False,  # No progress bar
@@ -76,7 +76,7 @@ def train_classifier(
         run.add_metrics({"validation": result.meta.metrics, "temperature": calibration.temperature, "split": split.summary().to_dict("records")})
     return result
 
-# %% ../../nbs/73d_workflows.classify_train.ipynb #0cfbbe0d
+# %% ../../nbs/73d_workflows.classify_train.ipynb #83ac9060
 def train_split(
     config: ClassifyConfig,  # Section classify; its paths are not used
     split: Split,  # Train and validate are read
@@ -94,7 +94,7 @@ def train_split(
     fit_picture_gate(folder, train, valid)
     return Classifier.from_checkpoint(folder), calibration
 
-# %% ../../nbs/73d_workflows.classify_train.ipynb #2a42b050
+# %% ../../nbs/73d_workflows.classify_train.ipynb #7600ac25
 def file_size(
     path: str,  # An image
 ) -> tuple[int, int]:  # Height and width, pixels
@@ -134,9 +134,9 @@ def independent_runs(
     table = split.test.table
     if "run" not in table:
         return {}
-    return {str(label): int(rows["run"].nunique()) for label, rows in table.groupby("label")}
+    return {str(label): len(set(rows["run"])) for label, rows in table.groupby("label")}
 
-# %% ../../nbs/73d_workflows.classify_train.ipynb #4269fbd1
+# %% ../../nbs/73d_workflows.classify_train.ipynb #6ac6d475
 def verdict(
     accuracy: float,  # Of the network
     size: float,  # Of the size of the file, on the same pictures
