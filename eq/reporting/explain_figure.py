@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'BODY', 'MOST', 'FORMATS', 'CELLS', 'map_overlay', 'explanation_text', 'explanation_figure', 'write_figure',
            'write_surface', 'Exhibit', 'explanation_report']
 
-# %% ../../nbs/63_reporting.explain_figure.ipynb #f8f9068d
+# %% ../../nbs/63_reporting.explain_figure.ipynb #f5e3759e
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from .overlay import draw_outlines
 from .plotly_page import plotly_objects, write_plotly
 from .render import Check, Figure, Report, Section, Stat
 
-# %% ../../nbs/63_reporting.explain_figure.ipynb #b0cb47f9
+# %% ../../nbs/63_reporting.explain_figure.ipynb #d3dd75ef
 COLOURS, BODY, MOST = "magma", (0, 229, 255), 0.75  # colour map, outline of the body, opacity where the map is 1
 
 
@@ -71,7 +71,7 @@ def explanation_figure(
         figure.supxlabel(str(scores), fontsize=7, wrap=True)
     return figure
 
-# %% ../../nbs/63_reporting.explain_figure.ipynb #80635faf
+# %% ../../nbs/63_reporting.explain_figure.ipynb #cacb9f6f
 FORMATS = (".png", ".svg")
 
 
@@ -88,7 +88,7 @@ def write_figure(
         figure.savefig(temp, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else {"Software": None})
     return path
 
-# %% ../../nbs/63_reporting.explain_figure.ipynb #c5bbad75
+# %% ../../nbs/63_reporting.explain_figure.ipynb #1d711468
 CELLS = 112  # along a side of the surface
 
 
@@ -115,7 +115,7 @@ def write_surface(
     layout = {"title": {"text": title}, "scene": scene, "margin": {"l": 0, "r": 0, "b": 0, "t": 50}, "height": 720, "paper_bgcolor": "white"}
     return write_plotly(path, plotly.Figure([ground, peak], layout), title)
 
-# %% ../../nbs/63_reporting.explain_figure.ipynb #fb9b7f08
+# %% ../../nbs/63_reporting.explain_figure.ipynb #efa0d744
 @dataclass(frozen=True)
 class Exhibit:
     "One map with its scores."
