@@ -6,7 +6,7 @@
 __all__ = ['fit_options', 'about_data', 'train_classifier', 'train_split', 'file_size', 'size_only', 'majority',
            'independent_runs', 'verdict', 'scored', 'judge', 'evaluate_classifier']
 
-# %% ../../nbs/73d_workflows.classify_train.ipynb #d5138ebc
+# %% ../../nbs/73d_workflows.classify_train.ipynb #657ffbe1
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from ..training.fit_classify import ClassifyOptions, ClassifyResult, fit_classif
 from ..training.tracking import TrackPlan, start_tracker
 from .classify_stages import COHORT, beginning, describe_classifier, ingested, pictures_of, placed, prepared, renew, split_of
 
-# %% ../../nbs/73d_workflows.classify_train.ipynb #7fb1f6d4
+# %% ../../nbs/73d_workflows.classify_train.ipynb #1b32c36e
 def fit_options(
     config: ClassifyConfig,  # Section classify
     quiet: bool = False,  # No progress bar
@@ -76,7 +76,7 @@ def train_classifier(
         run.add_metrics({"validation": result.meta.metrics, "temperature": calibration.temperature, "split": split.summary().to_dict("records")})
     return result
 
-# %% ../../nbs/73d_workflows.classify_train.ipynb #83ac9060
+# %% ../../nbs/73d_workflows.classify_train.ipynb #e4350ce4
 def train_split(
     config: ClassifyConfig,  # Section classify; its paths are not used
     split: Split,  # Train and validate are read
@@ -94,7 +94,7 @@ def train_split(
     fit_picture_gate(folder, train, valid)
     return Classifier.from_checkpoint(folder), calibration
 
-# %% ../../nbs/73d_workflows.classify_train.ipynb #7600ac25
+# %% ../../nbs/73d_workflows.classify_train.ipynb #a7b1d9a8
 def file_size(
     path: str,  # An image
 ) -> tuple[int, int]:  # Height and width, pixels
@@ -136,7 +136,7 @@ def independent_runs(
         return {}
     return {str(label): len(set(rows["run"])) for label, rows in table.groupby("label")}
 
-# %% ../../nbs/73d_workflows.classify_train.ipynb #6ac6d475
+# %% ../../nbs/73d_workflows.classify_train.ipynb #6c302949
 def verdict(
     accuracy: float,  # Of the network
     size: float,  # Of the size of the file, on the same pictures
