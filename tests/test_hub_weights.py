@@ -88,7 +88,7 @@ def test_weights_are_fetched_and_used(hub: tuple[str, Path], tmp_path: Path) -> 
 
 def test_missing_weights_are_an_error_never_random(hub: tuple[str, Path], tmp_path: Path) -> None:
     said = ask(hub[0], tmp_path / "cache")
-    assert said.startswith("EqError ImageNet weights for encoder 'resnet18' cannot be had"), said
+    assert said.startswith("EqError ImageNet weights for 'resnet18' cannot be had"), said
     assert "pretrained=/path/model.safetensors" in said and "pretrained=False" in said
 
 

@@ -6,7 +6,7 @@
 __all__ = ['BINS', 'LEAST_P', 'Statistic', 'SUMMED', 'checked_probabilities', 'confusion_matrix', 'auroc', 'reliability_table',
            'expected_calibration_error', 'ClassScores', 'class_scores', 'auroc_interval', 'class_intervals']
 
-# %% ../../nbs/05e_core.classification.ipynb #6b833094
+# %% ../../nbs/05e_core.classification.ipynb #25bb9eea
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from .registry import EqError
 from .resample import N_DRAWS, few_units_note
 from .results import Interval, Measure, Result
 
-# %% ../../nbs/05e_core.classification.ipynb #0aff99ff
+# %% ../../nbs/05e_core.classification.ipynb #dc181b7c
 def checked_probabilities(
     probabilities: np.ndarray,  # (N, C), rows sum to 1
     labels: Sequence[int] | np.ndarray,  # (N,) index of the true class
@@ -55,7 +55,7 @@ def auroc(
     n, m = int(yes.sum()), int((~yes).sum())
     return float((ranks[yes].sum() - n * (n + 1) / 2) / (n * m)) if n and m else float("nan")
 
-# %% ../../nbs/05e_core.classification.ipynb #7f3e390f
+# %% ../../nbs/05e_core.classification.ipynb #d92ecce3
 BINS = 10  # of the reliability table
 LEAST_P = 1e-15  # a probability of 0 would cost an infinite log loss
 
@@ -96,7 +96,7 @@ def _losses(p: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     squared = ((p - np.eye(p.shape[1])[y]) ** 2).sum(1)
     return -np.log(np.clip(p[np.arange(len(y)), y], LEAST_P, 1)), squared / 2 if p.shape[1] == 2 else squared
 
-# %% ../../nbs/05e_core.classification.ipynb #1a49a3ae
+# %% ../../nbs/05e_core.classification.ipynb #dc3c01e2
 @dataclass(frozen=True)
 class ClassScores(Result):
     "How good probabilities are. What a class that does not occur leaves without a value is NaN."
@@ -129,7 +129,7 @@ def _table(sums: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray, np.n
     table = sums[..., : classes**2].reshape(*sums.shape[:-1], classes, classes)
     return np.diagonal(table, axis1=-2, axis2=-1), table.sum(-2), table.sum(-1)
 
-# %% ../../nbs/05e_core.classification.ipynb #72cc92a0
+# %% ../../nbs/05e_core.classification.ipynb #1888f841
 Statistic = Callable[[np.ndarray, int], np.ndarray]  # sums (..., d) and number of classes to (...)
 
 
@@ -183,7 +183,7 @@ def class_scores(
     values = {name: float(statistic(sums, p.shape[1])) for name, statistic in SUMMED.items()}
     return ClassScores(classes=tuple(classes), images=len(p), auroc=_aurocs(p, y), confusion=counts, **values)
 
-# %% ../../nbs/05e_core.classification.ipynb #8d8985e4
+# %% ../../nbs/05e_core.classification.ipynb #d83faa02
 def _pairs(score: np.ndarray, yes: np.ndarray, codes: np.ndarray, units: int) -> np.ndarray:
     "(units, units): pairs that a positive of the row's unit wins against a negative of the column's, ties half."
     won = np.zeros((units, units))

@@ -6,7 +6,7 @@
 __all__ = ['NOT_KEYS', 'DataConfig', 'TrainConfig', 'TaskConfig', 'PredictConfig', 'EvaluateConfig', 'DemoConfig', 'BenchConfig',
            'LogConfig', 'ClassifyPaths', 'ClassifyConfig', 'Config', 'load_config', 'describe']
 
-# %% ../../nbs/00_core.config.ipynb #0abc31d3
+# %% ../../nbs/00_core.config.ipynb #6fd8a79f
 import os
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from .paths import params_file, read_yaml
 from .registry import EqError, unknown_name
 from .results import Strict, invalid
 
-# %% ../../nbs/00_core.config.ipynb #e65cbd1a
+# %% ../../nbs/00_core.config.ipynb #c31ddebc
 class DataConfig(Strict):
     "Where images are and how they are read."
 
@@ -73,7 +73,7 @@ class PredictConfig(Strict):
     tile: int = Field(ge=64, multiple_of=32, description="Edge of a tile, pixels at the working resolution")
     overlap: int = Field(ge=0, description="Pixels that neighbouring tiles share and blend over")
 
-# %% ../../nbs/00_core.config.ipynb #cd86869f
+# %% ../../nbs/00_core.config.ipynb #9336195d
 class EvaluateConfig(Strict):
     "How predictions are scored."
 
@@ -93,7 +93,7 @@ class DemoConfig(Strict):
     min_dice: float = Field(ge=0, le=1, description="Exit with 1 below this Dice on unseen animals")
     seed: int = Field(ge=0, description="Seed of images and training")
 
-# %% ../../nbs/00_core.config.ipynb #3fc19b61
+# %% ../../nbs/00_core.config.ipynb #a5941cdb
 class BenchConfig(Strict):
     "How benchmarks are run."
 
@@ -107,7 +107,7 @@ class LogConfig(Strict):
 
     level: Literal["debug", "info", "warning", "error"] = Field(description="Lowest level shown; the log file gets all")
 
-# %% ../../nbs/00_core.config.ipynb #7797bf2d
+# %% ../../nbs/00_core.config.ipynb #21479c1b
 class ClassifyPaths(Strict):
     "Where the pipeline of the classifier reads and writes, from the root of the checkout."
 
@@ -153,6 +153,8 @@ class ClassifyConfig(Strict):
     seed: int = Field(ge=0, description="Seed of split, weights and augmentation")
     tracker: str = Field(description="Registered tracker: none, mlflow or wandb")
     experiment: str = Field(description="Name under which runs are tracked")
+    source_sha256: str = Field(pattern="^([0-9a-fA-F]{64})?$", description="SHA-256 of the zip behind paths.source_url; empty where nobody knows it")
+    tracking_uri: str = Field(description="Server or store of the tracker; empty: outputs/mlflow.db, or the service that wandb knows")
     paths: ClassifyPaths
 
 
@@ -171,7 +173,7 @@ class Config(Strict):
     bench: BenchConfig
     log: LogConfig
 
-# %% ../../nbs/00_core.config.ipynb #23190c4b
+# %% ../../nbs/00_core.config.ipynb #b30d411a
 NOT_KEYS = {"EQ__MODE", "EQ__OUTPUTS"}  # variables of eq that stand for no key of a section
 
 
@@ -213,7 +215,7 @@ def _from_environment() -> dict[str, Any]:
             found[key] = text if key == "data.root" else yaml.safe_load(text)  # a folder may be called 2026
     return found
 
-# %% ../../nbs/00_core.config.ipynb #cdd781c6
+# %% ../../nbs/00_core.config.ipynb #a27c30b6
 def _read_params(path: Path) -> dict[str, Any]:
     "A YAML file that holds sections. Raises EqError naming the file."
     values = read_yaml(path)
@@ -221,7 +223,7 @@ def _read_params(path: Path) -> dict[str, Any]:
         raise EqError(f"{path} holds no sections; valid: {_valid_keys(())}")
     return values
 
-# %% ../../nbs/00_core.config.ipynb #6cbdc19f
+# %% ../../nbs/00_core.config.ipynb #39359573
 def load_config(
     path: str | Path | None = None,  # A params.yaml; default is the one of the checkout
     mode: str | None = None,  # development, production or debug; default is EQ__MODE, then what the file says
@@ -245,7 +247,7 @@ def load_config(
     except ValidationError as e:
         raise invalid(e, file.name, _valid_keys) from e
 
-# %% ../../nbs/00_core.config.ipynb #6d26ff0f
+# %% ../../nbs/00_core.config.ipynb #9f5450c4
 @cache
 def _documented(place: tuple[str, ...]) -> str:
     "What a key means."

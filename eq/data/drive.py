@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HOSTS', 'DOWNLOAD', 'drive_id', 'drive_url']
 
-# %% ../../nbs/19q_data.drive.ipynb #09461a6b
+# %% ../../nbs/19q_data.drive.ipynb #14affabd
 import re
 from html.parser import HTMLParser
 from urllib.parse import parse_qs, urlencode, urljoin, urlsplit
@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, urlencode, urljoin, urlsplit
 from ..core.registry import EqError
 from .http import open_url
 
-# %% ../../nbs/19q_data.drive.ipynb #646a99b6
+# %% ../../nbs/19q_data.drive.ipynb #774e7bc3
 HOSTS = ("drive.google.com", "docs.google.com", "drive.usercontent.google.com")
 DOWNLOAD = "https://drive.google.com/uc"
 
@@ -33,7 +33,7 @@ def drive_id(
         raise EqError(f"{link} names no file; expected https://drive.google.com/file/d/ID/view or ...?id=ID")
     return name
 
-# %% ../../nbs/19q_data.drive.ipynb #41b05e82
+# %% ../../nbs/19q_data.drive.ipynb #1a381feb
 class _Form(HTMLParser):
     "Address and hidden fields of the form called download-form."
 
@@ -68,4 +68,7 @@ def drive_url(
     form.feed(page)
     if not form.action:
         raise EqError(f"Google Drive file {name}: the answer is a page without a download form; it is not shared with 'anyone with the link', or was fetched too often today")
-    return f"{urljoin(url, form.action)}?{urlencode(form.fields)}"
+    target = urljoin(url, form.action)
+    if (host := urlsplit(target).hostname) not in {*HOSTS, urlsplit(url).hostname}:
+        raise EqError(f"Google Drive file {name}: the page sends the download to {host}; valid: {', '.join(sorted(HOSTS))}")
+    return f"{target}?{urlencode(form.fields)}"

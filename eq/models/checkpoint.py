@@ -6,7 +6,7 @@
 __all__ = ['WEIGHTS', 'META', 'PICKLES', 'NETWORKS', 'save_tensors', 'save_checkpoint', 'read_meta', 'refuse_pickle',
            'checkpoint_folder', 'load_tensors', 'classifier_of', 'segmenter_of', 'load_checkpoint', 'fill']
 
-# %% ../../nbs/21_models.checkpoint.ipynb #e045311c
+# %% ../../nbs/21_models.checkpoint.ipynb #6f43bd45
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..core.results import CheckpointMeta
 from .classifier import create_classifier
 from .unet import create_unet
 
-# %% ../../nbs/21_models.checkpoint.ipynb #3d7e623f
+# %% ../../nbs/21_models.checkpoint.ipynb #ad0e6ba7
 WEIGHTS, META = "model.safetensors", "model.json"
 
 
@@ -48,7 +48,7 @@ def save_checkpoint(
     write_json(folder / META, meta.to_dict())
     return meta
 
-# %% ../../nbs/21_models.checkpoint.ipynb #d042cb05
+# %% ../../nbs/21_models.checkpoint.ipynb #7884d10c
 def read_meta(
     folder: Path | str,  # A checkpoint folder, or its model.json or model.safetensors
 ) -> CheckpointMeta:  # The description
@@ -99,7 +99,7 @@ def load_tensors(
     except SafetensorError as error:
         raise EqError(f"{path}: not a safetensors file ({error})") from error
 
-# %% ../../nbs/21_models.checkpoint.ipynb #3d0fd991
+# %% ../../nbs/21_models.checkpoint.ipynb #667d6bf0
 NETWORKS: Registry[Callable[[CheckpointMeta], nn.Module]] = Registry("task")
 
 
@@ -108,7 +108,7 @@ def classifier_of(
     meta: CheckpointMeta,  # task "classify"
 ) -> nn.Module:  # Random weights
     "The classifier that a description speaks of."
-    return create_classifier(meta.arch, meta.in_channels, len(meta.classes))
+    return create_classifier(meta.arch, meta.in_channels, len(meta.classes), dropout=float(meta.params.get("dropout", 0.5)))
 
 
 def segmenter_of(
@@ -117,7 +117,7 @@ def segmenter_of(
     "The UNet that a description speaks of."
     return create_unet(meta.arch, meta.encoder, meta.in_channels, len(meta.classes))
 
-# %% ../../nbs/21_models.checkpoint.ipynb #99575cb8
+# %% ../../nbs/21_models.checkpoint.ipynb #e3acd909
 def load_checkpoint(
     folder: Path | str,  # A checkpoint folder
     task: str | None = None,  # The task it must have been trained for, None for any

@@ -6,7 +6,7 @@
 __all__ = ['MEAN', 'STD', 'CLASSIFIERS', 'TIMM', 'Parts', 'Family', 'timm_family', 'classifier_family', 'create_classifier',
            'freeze_features']
 
-# %% ../../nbs/20c_models.classifier.ipynb #33c41311
+# %% ../../nbs/20c_models.classifier.ipynb #5280ffbc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from torchvision.models import VGG16_Weights, vgg16
 from ..core.registry import EqError, Registry, unknown_name
 from .imagenet import no_weights, packaged_or_hub
 
-# %% ../../nbs/20c_models.classifier.ipynb #c777ad9d
+# %% ../../nbs/20c_models.classifier.ipynb #a2e4ecaf
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's photographs, on the 0-1 scale
 
 
@@ -47,7 +47,7 @@ class Family:
 
 CLASSIFIERS: Registry[Family] = Registry("classifier")
 
-# %% ../../nbs/20c_models.classifier.ipynb #37ee9feb
+# %% ../../nbs/20c_models.classifier.ipynb #b6514720
 def _vgg16(in_channels: int, classes: int, dropout: float) -> nn.Module:
     "VGG16 (Simonyan and Zisserman 2015, arXiv 1409.1556): features, 7x7 pooling, 25088-4096-4096-classes."
     model = vgg16(weights=None, num_classes=classes, dropout=dropout)
@@ -100,10 +100,12 @@ def classifier_family(
         raise unknown_name("timm network", arch, [f"tu-{n}" for n in timm.list_models()])
     return timm_family(arch.removeprefix("tu-"))
 
-# %% ../../nbs/20c_models.classifier.ipynb #72972ba2
+# %% ../../nbs/20c_models.classifier.ipynb #896272f0
 def _fill(model: nn.Module, found: dict[str, torch.Tensor], parts: Parts, origin: str) -> None:
     own = model.state_dict()
     fits = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape}
+    if any(k.startswith(parts.head) and k not in fits for k in own):  # other classes: the whole head begins anew, not only its last layer
+        fits = {k: v for k, v in fits.items() if not k.startswith(parts.head)}
     wrong = [k for k in own if k not in fits and not k.startswith(parts.head) and not k.endswith("num_batches_tracked")]
     if wrong:
         raise EqError(f"{origin}: {len(wrong)} tensors of the network are missing or of another shape, first {wrong[:3]}; choose a file made for it")

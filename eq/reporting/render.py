@@ -7,7 +7,7 @@ __all__ = ['Picture', 'MAGIC', 'STYLE', 'PRINT_STYLE', 'PAGE', 'ROWS', 'Stat', '
            'image_bytes', 'data_uri', 'cell_text', 'column_text', 'table_cells', 'interval_text', 'render_table',
            'render_report', 'write_report']
 
-# %% ../../nbs/62_reporting.render.ipynb #d73bff53
+# %% ../../nbs/62_reporting.render.ipynb #353a3035
 import base64
 import io
 import numbers
@@ -28,7 +28,7 @@ from ..core.files import write_text
 from ..core.registry import EqError
 from ..core.results import Interval
 
-# %% ../../nbs/62_reporting.render.ipynb #16a669a8
+# %% ../../nbs/62_reporting.render.ipynb #9312aecd
 Picture = bytes | str | Path | np.ndarray | Canvas  # whatever a report can show
 
 
@@ -62,7 +62,7 @@ class Figure:
         "What a notebook shows."
         return image_bytes(self.image)
 
-# %% ../../nbs/62_reporting.render.ipynb #e5e8a830
+# %% ../../nbs/62_reporting.render.ipynb #934ebf8c
 @dataclass(frozen=True)
 class Section:
     "One part of a report."
@@ -86,7 +86,7 @@ class Report:
     facts: Mapping[str, str] = field(default_factory=dict)  # Name -> value: versions, parameters, command
     banner: str = ""  # Said above everything, for example that images are synthetic
 
-# %% ../../nbs/62_reporting.render.ipynb #802ab445
+# %% ../../nbs/62_reporting.render.ipynb #1ce68727
 MAGIC = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}  # first bytes -> media type
 
 
@@ -120,7 +120,7 @@ def data_uri(
         raise EqError(f"a figure must be PNG or JPEG; its first bytes are {raw[:8]!r}")
     return f"data:{kind};base64,{base64.b64encode(raw).decode()}"
 
-# %% ../../nbs/62_reporting.render.ipynb #11478c16
+# %% ../../nbs/62_reporting.render.ipynb #2322a3ab
 def cell_text(
     value: Any,  # A table cell
 ) -> str:  # What is printed
@@ -144,7 +144,7 @@ def column_text(
     if not pd.api.types.is_float_dtype(column):
         return [cell_text(v) for v in column]
     finite = column[np.isfinite(column)]
-    largest = float(finite.abs().max()) if len(finite) else 0.0
+    largest = float(np.abs(finite).max()) if len(finite) else 0.0
     decimals = max(0, 3 - max(0, len(str(int(largest))) - 1))
     return [f"{v:,.{decimals}f}" if np.isfinite(v) else cell_text(v) for v in column]
 
@@ -168,7 +168,7 @@ def interval_text(
     low, high = (f"{end:.2f}" if abs(end) < 10 else cell_text(end) for end in (interval.low, interval.high))
     return f"{100 * interval.level:g} % interval {low} to {high}{count}"
 
-# %% ../../nbs/62_reporting.render.ipynb #d2905238
+# %% ../../nbs/62_reporting.render.ipynb #63eef3d7
 STYLE = """
 :root{--ink:#1d2430;--soft:#5b6675;--line:#dfe4ea;--paper:#fff;--tint:#f5f7f9;--accent:#23527c;--good:#1b7f4b;--bad:#b3261e}
 *{box-sizing:border-box}
@@ -198,7 +198,7 @@ th.r,td.r{text-align:right;padding-right:28px}tr{break-inside:avoid}
 .checks li.no::before{content:"\\2717";color:var(--bad)}.checks li.no{color:var(--bad)}.checks small{color:var(--soft);display:block}
 """
 
-# %% ../../nbs/62_reporting.render.ipynb #20eba5df
+# %% ../../nbs/62_reporting.render.ipynb #3bdbcefa
 PRINT_STYLE = """
 details{margin-top:10px}summary{cursor:pointer;color:var(--accent);font-size:14px}
 .mono td{font-size:12.5px;word-break:break-all}.mono td:last-child{font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;color:var(--soft)}
@@ -232,7 +232,7 @@ PAGE = """<!DOCTYPE html>
 <footer>Made by eq. This file needs no other file and loads nothing.</footer></main></body></html>
 """
 
-# %% ../../nbs/62_reporting.render.ipynb #5c84f7de
+# %% ../../nbs/62_reporting.render.ipynb #545ebb6a
 ROWS = """<div class="scroll"><table><thead><tr>{% for name, right in head %}<th{% if right %} class="r"{% endif %}>{{ name }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in cells %}<tr>{% for text, right in row %}<td{% if right %} class="r"{% endif %}>{{ text }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>"""

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['RangePlan', 'smooth', 'steepest', 'RangeCurve', 'Ramp', 'find_rate', 'plot_rates', 'write_rates']
 
-# %% ../../nbs/37b_training.lr_finder.ipynb #ba6ff392
+# %% ../../nbs/37b_training.lr_finder.ipynb #209574fe
 # fastai builds much of itself at run time, where a type checker cannot follow
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from .callback import EachEpoch
 from .fit_classify import ClassifyFit, ClassifyOptions
 from .state import random_state, set_random_state
 
-# %% ../../nbs/37b_training.lr_finder.ipynb #50a30d16
+# %% ../../nbs/37b_training.lr_finder.ipynb #a9b48e01
 @dataclass(frozen=True)
 class RangePlan:
     "How far and how fine."
@@ -74,7 +74,7 @@ def steepest(
     slopes = [np.polyfit(logs[i : i + width], losses[i : i + width], 1)[0] for i in starts]
     return float(np.exp(logs[int(np.argmin(slopes)) :][:width].mean()))
 
-# %% ../../nbs/37b_training.lr_finder.ipynb #e2c3d240
+# %% ../../nbs/37b_training.lr_finder.ipynb #29bd8ab9
 @dataclass(frozen=True)
 class RangeCurve:
     "What a range test found."
@@ -90,14 +90,16 @@ class Ramp(Callback):
     def __init__(
         self,
         plan: RangePlan,  # How far and how fine
+        progress: Callable[[int], object] = lambda n: None,  # Told of each step
     ):
-        self.ramp, self.losses = plan, []
+        self.ramp, self.losses, self.progress = plan, [], progress
 
     def before_batch(self) -> None:
         self.opt.set_hypers(lr=self.ramp.rate(len(self.losses)))
 
     def after_loss(self) -> None:  # before the step: this loss is due to the rates so far
         self.losses.append(self.learn.loss.item())
+        self.progress(1)
         curve = smooth(self.losses)
         if not math.isfinite(curve[-1]) or curve[-1] > 4 * curve.min() or len(self.losses) == self.ramp.steps:
             raise CancelFitException
@@ -109,8 +111,9 @@ def find_rate(
     options: ClassifyOptions,  # The training that is planned; its rate and schedule do not matter here
     meta: CheckpointMeta,  # Architecture, classes, normalisation
     plan: RangePlan = RangePlan(),  # How far and how fine
+    progress: Callable[[int], object] = lambda n: None,  # Told of each step
 ) -> RangeCurve:  # Rates, losses and a suggestion
-    "A learning rate range test. Raises EqError for pictures that do not fit."
+    "A learning rate range test. Raises EqError for pictures that do not fit, and when the first loss is no number already."
     check_pictures(train, train, meta.classes)
     before = {k: v.detach().clone() for k, v in model.state_dict().items()}
     learns, training, generators = [p.requires_grad for p in model.parameters()], model.training, random_state()
@@ -123,7 +126,7 @@ def find_rate(
             fit.batches.epoch += 1
             return False
 
-        ramp, own = Ramp(plan), (fit.course, fit.bar, fit.each)
+        ramp, own = Ramp(plan, progress), (fit.course, fit.bar, fit.each)
         fit.learn.fit(plan.steps, cbs=[ramp, *(c for c in fit.callbacks() if c not in own), EachEpoch(next_epoch)])
     finally:
         model.train(training).load_state_dict(before)
@@ -131,10 +134,12 @@ def find_rate(
             p.requires_grad_(learned).grad = None
         set_random_state(*generators)
     losses = [x for x in ramp.losses if math.isfinite(x)]
+    if not losses:
+        raise EqError("the loss is no number before anything was learnt; valid: weights and pictures that give one (is the checkpoint damaged?)")
     rates = [plan.rate(i) for i in range(len(losses))]
     return RangeCurve(tuple(rates), tuple(losses), steepest(rates, losses))
 
-# %% ../../nbs/37b_training.lr_finder.ipynb #9c2e972d
+# %% ../../nbs/37b_training.lr_finder.ipynb #da59c61b
 def plot_rates(
     curve: RangeCurve,  # From `find_rate`
 ) -> Figure:  # Loss against the logarithm of the rate

@@ -6,7 +6,7 @@
 __all__ = ['STATUSES', 'Starter', 'TRACKERS', 'MOST_CHARACTERS', 'TrackPlan', 'Tracker', 'Backend', 'Guarded', 'start_tracker',
            'flat', 'run_tags']
 
-# %% ../../nbs/37d_training.tracking.ipynb #f877805d
+# %% ../../nbs/37d_training.tracking.ipynb #330f6b07
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -19,7 +19,7 @@ from ..core.files import plain
 from ..core.logs import Levels, Logger
 from ..core.registry import EqError, Registry, unknown_name
 
-# %% ../../nbs/37d_training.tracking.ipynb #fe640ece
+# %% ../../nbs/37d_training.tracking.ipynb #7c37d203
 STATUSES = ("done", "failed", "interrupted")
 
 
@@ -59,7 +59,7 @@ class Tracker(Protocol):
 Starter = Callable[[TrackPlan, Levels], Tracker]
 TRACKERS: Registry[Starter] = Registry("tracker")
 
-# %% ../../nbs/37d_training.tracking.ipynb #d21ac5c0
+# %% ../../nbs/37d_training.tracking.ipynb #882d4e35
 class Backend(Protocol):
     "One tracking library, behind `Guarded`. Whatever it raises is caught there."
 
@@ -142,7 +142,7 @@ def _short(error: BaseException) -> str:
     "First line of an error."
     return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
 
-# %% ../../nbs/37d_training.tracking.ipynb #63dd3aef
+# %% ../../nbs/37d_training.tracking.ipynb #5d3e7f69
 class _Nothing:
     "Takes everything, keeps nothing."
 
@@ -174,7 +174,7 @@ def start_tracker(
     "Begins a run. Raises EqError for unknown names, a missing library and a server that does not answer."
     return TRACKERS[name](plan, log or Logger(level="warning"))
 
-# %% ../../nbs/37d_training.tracking.ipynb #16502331
+# %% ../../nbs/37d_training.tracking.ipynb #b66944d5
 MOST_CHARACTERS = 4000  # of a value; MLflow takes 6,000 of a parameter and 8,000 of a tag
 
 
@@ -183,7 +183,7 @@ def flat(
     prefix: str = "",  # Put before each name
 ) -> dict[str, str]:  # `{"train.lr": "0.001"}`
     "Nested parameters as names with dots and text."
-    return dict(_leaves(plain(dict(values)), prefix))
+    return dict(_leaves(plain(dict(values)), prefix)) if values else {}
 
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, str]]:

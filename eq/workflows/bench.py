@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'Benchmark', 'BENCHES', 'Row', 'Sitting', 'plot_rows', 'write_plot', 'load_bench', 'run_benches', 'command']
 
-# %% ../../nbs/77_workflows.bench.ipynb #0a31f2fb
+# %% ../../nbs/77_workflows.bench.ipynb #224d94bb
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -22,7 +22,7 @@ from ..core.paths import repo_root
 from ..core.provenance import code_version
 from ..core.registry import EqError, Registry
 
-# %% ../../nbs/77_workflows.bench.ipynb #0222f018
+# %% ../../nbs/77_workflows.bench.ipynb #a73a6002
 COLUMNS = ["bench", "variant", "metric", "value", "unit", "seed", "run", "date", "commit", "command"]
 
 
@@ -61,7 +61,7 @@ class Sitting:
                 pd.concat([*old, new], ignore_index=True).to_csv(temp, index=False)
         return path
 
-# %% ../../nbs/77_workflows.bench.ipynb #799775b8
+# %% ../../nbs/77_workflows.bench.ipynb #bf2604ac
 def plot_rows(
     table: pd.DataFrame,  # Rows of one run
     metrics: list[str],  # What to show, one panel each
@@ -91,7 +91,7 @@ def write_plot(
         plot_rows(table, metrics).savefig(temp, format="png", dpi=130)
     return csv.with_suffix(".png")
 
-# %% ../../nbs/77_workflows.bench.ipynb #3af8611c
+# %% ../../nbs/77_workflows.bench.ipynb #7264eb26
 Benchmark = Callable[[Sitting, float | None, tuple[int, ...] | None, list[str] | None], None]
 BENCHES: Registry[str] = Registry("benchmark")  # name to "module:function"
 BENCHES.register("em")("eq.workflows.bench_segment:bench_em")
@@ -104,6 +104,7 @@ BENCHES.register("gate")("eq.workflows.bench_gate:bench_gate")
 BENCHES.register("grade")("eq.workflows.bench_grade:bench_grade")
 BENCHES.register("effect")("eq.workflows.bench_effect:bench_effect")
 BENCHES.register("transfer")("eq.workflows.bench_transfer:bench_transfer")
+BENCHES.register("chain")("eq.workflows.bench_chain:bench_chain")
 BENCHES.register("ct")("eq.workflows.bench_ct:bench_ct")
 BENCHES.register("zoo")("eq.workflows.bench_zoo:bench_zoo")
 BENCHES.register("plan")("eq.workflows.bench_plan:bench_plan")

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LONG', 'PROTOCOLS', 'ZOO', 'Judged', 'BEST', 'Said', 'by_blocks', 'by_runs', 'at_random', 'Competitor',
-           'with_weights', 'recipe', 'pooled', 'score_rows', 'Course', 'choose_best', 'one_fold', 'above_size',
-           'one_protocol', 'bench_ct']
+           'with_weights', 'recipe', 'pooled', 'score_rows', 'within_folds', 'Course', 'choose_best', 'one_fold',
+           'above_size', 'one_protocol', 'bench_ct']
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #9e91bcf2
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #78b2805c
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.classification import class_intervals
+from ..core.classification import auroc, class_intervals
 from ..core.config import ClassifyConfig, load_config
 from ..core.paths import outputs_root
 from ..core.registry import EqError, Registry, unknown_name
@@ -30,7 +30,7 @@ from .bench import Row, Sitting, write_plot
 from .classify_stages import pictures_of
 from .classify_train import majority, size_only, train_split
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #c34d9ed9
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #61b5d787
 LONG = 60  # slices: a run at least so long is trained on in the protocol "runs"
 PROTOCOLS: Registry[Callable[[Cohort], list[Split]]] = Registry("protocol")
 
@@ -65,7 +65,7 @@ def at_random(
     "Single slices at random: neighbours on both sides of the split."
     return [split_cohort(replace(cohort, split_unit="image"), "grouped_kfold", purpose="bench", k=5, fold=0)]
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #fc30f152
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #ac767a98
 @dataclass(frozen=True)
 class Competitor:
     "A network and where its weights come from."
@@ -107,7 +107,7 @@ def recipe(
         changes |= {"optimiser": "adamw", "schedule": "cosine", "weight_decay": 0.05, "freeze": "none" if competitor.weights == "none" else "until:0.2"}
     return load_config().classify.model_copy(update=changes)
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #1d87502b
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #ff4257a6
 Judged = tuple[np.ndarray, np.ndarray, list[str]]  # probabilities, labels, units
 
 
@@ -124,16 +124,23 @@ def score_rows(
     judged: Judged,  # What it said
     seed: int,  # Of the training
 ) -> list[Row]:  # Estimates with the ends of their intervals
-    "Accuracy, AUROC, F1, expected calibration error."
+    "Accuracy, AUROC, F1, expected calibration error; no interval where every picture is a unit of its own, as in the random split: neighbours are not independent."
     found: dict[str, Interval] = class_intervals(*judged, load_config().evaluate.draws)
     rows = []
     for metric in ("accuracy", "auroc", "f1", "ece"):
         value = found[metric]
-        ends = {"": value.estimate, "_low": value.low, "_high": value.high}
+        ends = {"": value.estimate} | ({"_low": value.low, "_high": value.high} if len(set(judged[2])) < len(judged[2]) else {})
         rows += [Row(variant, f"{protocol}_{metric}{end}", round(float(v), 4), seed=str(seed)) for end, v in ends.items()]
     return rows
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #42836ced
+
+def within_folds(
+    parts: list[tuple[np.ndarray, Pictures]],  # Probabilities and pictures of each fold
+) -> float:  # Mean AUROC
+    "Of each fold by itself, then averaged: folds put together also compare the scores of different networks with each other."
+    return float(np.mean([auroc(p[:, 1], t.labels == 1) for p, t in parts]))
+
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #5e85aaf0
 BEST = "best of the zoo"
 Said = dict[str, np.ndarray]  # who -> (N, C) probabilities of the test pictures
 
@@ -173,7 +180,7 @@ def one_fold(
     rows = [Row(n, f"{name}_validation_log_loss", round(v, 4), seed=str(course.seed)) for n, v in losses.items()]
     return said, test, [*rows, Row(best, f"{name}_chosen", 1.0, seed=str(course.seed))]
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #6580a1ee
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #96f7f46e
 def above_size(
     protocol: str,  # Its name
     judged: dict[str, Judged],  # Who -> what was said
@@ -196,13 +203,17 @@ def one_protocol(
 ) -> list[Row]:  # Everything that was found
     "Every competitor on every fold, put together."
     folds = [one_fold(split, f"{name}{k}", course) for k, split in enumerate(splits)]
-    judged = {who: pooled([(said[who], test) for said, test, _ in folds]) for who in folds[0][0]}
+    parts = {who: [(said[who], test) for said, test, _ in folds] for who in folds[0][0]}
+    judged = {who: pooled(found) for who, found in parts.items()}
     rows = [row for *_, found in folds for row in found]
+    rows += [Row(who, f"{name}_auroc_within_folds", round(within_folds(found), 4), seed=str(course.seed)) for who, found in parts.items()]
     rows += [row for who, what in judged.items() for row in score_rows(who, name, what, course.seed)] + above_size(name, judged, course.seed)
     tested = pd.concat([split.test.table for split in splits]).groupby("label")["run"]
-    return rows + [Row("test part", f"{name}_runs_{label}", len(set(runs)), "runs of slices", str(course.seed)) for label, runs in tested]
+    rows += [Row("test part", f"{name}_runs_{label}", len(set(runs)), "runs of slices", str(course.seed)) for label, runs in tested]
+    known = np.mean([run in set(s.train.table["run"]) for s in splits for run in s.test.table["run"]])
+    return [*rows, Row("test part", f"{name}_share_of_known_runs", round(float(known), 3), seed=str(course.seed))]
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #593b0bcd
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #1683ef84
 def bench_ct(
     sitting: Sitting,  # Where the rows go
     minutes: float | None = None,  # Of training in total; None: five times bench.minutes (40)

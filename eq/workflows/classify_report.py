@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMED', 'WHO', 'score_table', 'confusion_table', 'calibration_figure', 'classify_report', 'write_classify_report']
 
-# %% ../../nbs/73f_workflows.classify_report.ipynb #657a1ac7
+# %% ../../nbs/73f_workflows.classify_report.ipynb #2df8a2cb
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..data.pictures import Pictures
 from ..reporting.explain_figure import Exhibit, explanation_report
 from ..reporting.render import Check, Figure, Report, Section, Stat, write_report
 
-# %% ../../nbs/73f_workflows.classify_report.ipynb #71ee8c11
+# %% ../../nbs/73f_workflows.classify_report.ipynb #dadccadb
 NAMED = {"accuracy": "accuracy", "auroc": "AUROC", "f1": "F1", "precision": "precision", "recall": "recall", "ece": "expected calibration error", "log_loss": "log loss"}
 WHO = {"network": "network", "size_only": "size of the file", "majority": "commonest class"}
 
@@ -59,7 +59,7 @@ def calibration_figure(
     axis.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1.02), ylim=(-0.02, 1.02))
     return figure
 
-# %% ../../nbs/73f_workflows.classify_report.ipynb #3e44e5d2
+# %% ../../nbs/73f_workflows.classify_report.ipynb #7af00770
 def classify_report(
     scores: dict[str, Any],  # From `eq.workflows.classify_train.judge`
     probabilities: np.ndarray,  # (N, C) of the test pictures
@@ -69,7 +69,9 @@ def classify_report(
     "What may be concluded, and what it rests on."
     scores = plain(scores)
     accuracy, size = (scores[f"{who}.accuracy"] for who in ("network", "size_only"))
-    above = Check("the network is above the size of the file", accuracy["estimate"] > size["estimate"], f"{accuracy['estimate']:.3f} against {size['estimate']:.3f}")
+    more = scores["above_size"]
+    shown = more["low"] is not None and more["low"] > 0
+    above = Check("the network is above the size of the file", shown, f"{accuracy['estimate']:.3f} against {size['estimate']:.3f}; difference {_said(more)}")
     stats = (Stat(f"{accuracy['estimate']:.3f}", "accuracy on unseen slices", _said(accuracy)), Stat(f"{size['estimate']:.3f}", "accuracy of the file's size alone"),
              Stat(str(scores["units"]), f"{scores['unit']}s tested, {scores['images']} slices"))
     reliable = Figure(calibration_figure(probabilities, test.labels), "confidence against accuracy")

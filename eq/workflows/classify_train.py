@@ -6,7 +6,8 @@
 __all__ = ['fit_options', 'about_data', 'train_classifier', 'train_split', 'file_size', 'size_only', 'majority',
            'independent_runs', 'verdict', 'scored', 'judge', 'evaluate_classifier']
 
-# %% ../../nbs/73d_workflows.classify_train.ipynb #657ffbe1
+# %% ../../nbs/73d_workflows.classify_train.ipynb #9cc45c87
+import shutil
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -20,19 +21,23 @@ from ..core.config import ClassifyConfig, load_config
 from ..core.environment import code_version
 from ..core.files import atomic_write, plain, write_json
 from ..core.provenance import start_run
+from ..core.registry import EqError
+from ..core.resample import paired_bootstrap
 from ..core.results import Interval
 from ..data.io import open_image
 from ..data.pictures import Pictures, class_names
 from ..data.split import Split
 from ..inference.classify import Classifier
-from ..inference.picture_gate import fit_picture_gate
+from ..inference.picture_gate import BANK, REFERENCE, fit_picture_gate
 from ..inference.temperature import Calibration, calibrate_checkpoint
+from ..models.checkpoint import META, WEIGHTS
 from ..models.classifier import classifier_family, create_classifier
 from ..training.fit_classify import ClassifyOptions, ClassifyResult, fit_classify
+from ..training.team import Team
 from ..training.tracking import TrackPlan, start_tracker
-from .classify_stages import COHORT, beginning, describe_classifier, ingested, pictures_of, placed, prepared, renew, split_of
+from .classify_stages import COHORT, beginning, describe_classifier, ingested, pictures_of, placed, prepared, renew, split_of, told
 
-# %% ../../nbs/73d_workflows.classify_train.ipynb #1b32c36e
+# %% ../../nbs/73d_workflows.classify_train.ipynb #2404879e
 def fit_options(
     config: ClassifyConfig,  # Section classify
     quiet: bool = False,  # No progress bar
@@ -57,26 +62,33 @@ def about_data(
 def train_classifier(
     config: ClassifyConfig,  # Section classify
     quiet: bool = False,  # No progress bar
+    team: Team | None = None,  # From `eq.training.ddp.join_team`; None: this process alone
 ) -> ClassifyResult:  # Its folder is the checkpoint
     "Stage 3. Raises EqError where an earlier stage is missing, for bad options, a diverged loss, a full disk."
     options, split = fit_options(config, quiet), split_of(config, ingested(config))
-    with start_run("classify-train", renew(placed(config.paths.trained_model)), config.model_dump(mode="json")) as run:
+    if team is not None and team.rank > 0:  # computes its share; process 0 writes, calibrates and tells
+        model, meta = prepared(config)
+        train, valid = pictures_of(config, split, ("train", "validate"), meta.classes, quiet=True)
+        return fit_classify(model, train, valid, options, meta, placed(config.paths.trained_model), team=team)
+    with start_run("classify-train", renew(placed(config.paths.trained_model)), told(config)) as run:
         model, meta = prepared(config, run)
-        train, valid = pictures_of(config, split, ("train", "validate"), meta.classes)
+        train, valid = pictures_of(config, split, ("train", "validate"), meta.classes, quiet)
         run.add_input(placed(config.paths.unzip_dir) / COHORT)
         meta = replace(meta, data=about_data(split, {"train": train, "validate": valid}), code=code_version())
         run.log.info("training", arch=config.arch, train=train.counts(), validate=valid.counts(), unit=split.unit)
-        plan = TrackPlan(config.experiment, run.dir.name, params=plain(config.model_dump(mode="json")), folder=run.dir)
+        plan = TrackPlan(config.experiment, f"{config.arch}-{run.dir.name}", config.tracking_uri, plain(told(config)), folder=placed(config.paths.root_dir))
         with start_tracker(config.tracker, plan, run.log) as tracker:
-            result = fit_classify(model, train, valid, options, meta, run.dir, tracker)
+            result = fit_classify(model, train, valid, options, meta, run.dir, tracker, team=team)
             calibration = calibrate_checkpoint(run.dir, valid)
             fit_picture_gate(run.dir, train, valid)
-            tracker.artefact(run.dir)
+            for name in (META, WEIGHTS, BANK, REFERENCE):
+                tracker.artefact(run.dir / name)
+        shutil.rmtree(run.dir / "checkpoints", ignore_errors=True)  # for going on after a kill; DVC would carry them about
         run.log.info("calibrated", temperature=round(calibration.temperature, 3), log_loss=calibration.log_loss)
         run.add_metrics({"validation": result.meta.metrics, "temperature": calibration.temperature, "split": split.summary().to_dict("records")})
     return result
 
-# %% ../../nbs/73d_workflows.classify_train.ipynb #e4350ce4
+# %% ../../nbs/73d_workflows.classify_train.ipynb #f2f7517c
 def train_split(
     config: ClassifyConfig,  # Section classify; its paths are not used
     split: Split,  # Train and validate are read
@@ -85,7 +97,7 @@ def train_split(
 ) -> tuple[Classifier, Calibration]:  # Calibrated on validation pictures, and what that found
     "One training from the weights that `config.weights` names. Raises EqError when they cannot be had."
     classes = class_names(split.train)
-    train, valid = pictures_of(config, split, ("train", "validate"), classes)
+    train, valid = pictures_of(config, split, ("train", "validate"), classes, quiet)
     model = create_classifier(config.arch, 3, len(classes), beginning(config), config.dropout, config.seed)
     meta = describe_classifier(config, classes, classifier_family(config.arch).parts(model))
     meta = replace(meta, data=about_data(split, {"train": train, "validate": valid}), code=code_version())
@@ -94,7 +106,7 @@ def train_split(
     fit_picture_gate(folder, train, valid)
     return Classifier.from_checkpoint(folder), calibration
 
-# %% ../../nbs/73d_workflows.classify_train.ipynb #a7b1d9a8
+# %% ../../nbs/73d_workflows.classify_train.ipynb #ed921573
 def file_size(
     path: str,  # An image
 ) -> tuple[int, int]:  # Height and width, pixels
@@ -129,25 +141,28 @@ def majority(
 
 def independent_runs(
     split: Split,  # What was tested
-) -> dict[str, int]:  # Class -> unbroken runs of slices behind its test pictures
+) -> dict[str, tuple[int, int]]:  # Class -> unbroken runs of slices behind its test pictures, and how many of them training saw other parts of
     "How many stretches of consecutive slices stand behind the test part: the nearest thing to a number of patients."
-    table = split.test.table
-    if "run" not in table:
+    if "run" not in split.test.table:
         return {}
-    return {str(label): len(set(rows["run"])) for label, rows in table.groupby("label")}
+    known = set(split.train.table["run"])
+    tested = {str(label): set(rows["run"]) for label, rows in split.test.table.groupby("label")}
+    return {label: (len(runs), len(runs & known)) for label, runs in tested.items()}
 
-# %% ../../nbs/73d_workflows.classify_train.ipynb #6c302949
+# %% ../../nbs/73d_workflows.classify_train.ipynb #a0098c02
 def verdict(
     accuracy: float,  # Of the network
     size: float,  # Of the size of the file, on the same pictures
-    runs: dict[str, int],  # From `independent_runs`
-) -> str:  # One sentence or two
-    "What may be concluded, first of all."
-    behind = " and ".join(f"{n} of {label}" for label, n in runs.items())
+    above: Interval,  # Of the difference, paired over units
+    runs: dict[str, tuple[int, int]],  # From `independent_runs`
+) -> str:  # Two sentences or three
+    "What may be concluded, first of all: a signal only where the interval of the difference lies above 0."
+    ends = "no interval" if above.low != above.low else f"95 % interval {above.low:+.3f} to {above.high:+.3f}"
+    found = f"the network reaches an accuracy of {accuracy:.3f}, the file's size alone {size:.3f} (difference {above.estimate:+.3f}, {ends})"
+    shown = above.low > 0
+    behind = " and ".join(f"{n} of {label} ({known} of them also trained on, at other places)" for label, (n, known) in runs.items())
     counted = f" Behind the test part stand {behind} unbroken runs of slices, at most as many patients." if runs else ""
-    if accuracy <= size:
-        return f"No signal beyond acquisition was shown: the file's size alone reaches an accuracy of {size:.3f}, the network {accuracy:.3f}.{counted}"
-    return f"The network's accuracy of {accuracy:.3f} is above that of the file's size alone, {size:.3f}.{counted}"
+    return f"{'A signal beyond the size of the file was' if shown else 'No signal beyond acquisition was'} shown: {found}.{counted}"
 
 
 def _plots(folder: Path, probabilities: np.ndarray, test: Pictures) -> None:
@@ -180,11 +195,18 @@ def judge(
 ) -> tuple[np.ndarray, Pictures, dict[str, Any]]:  # Probabilities, pictures, scores
     "The network beside the size of the file and the commonest class, on the same test pictures."
     classifier = Classifier.from_checkpoint(folder)
-    train, test = pictures_of(config, split, ("train", "test"), classifier.meta.classes)
+    meta = classifier.meta
+    config = config.model_copy(update={"body": meta.params["body"], "image_size": (meta.tile, meta.tile, 3)})
+    train, test = pictures_of(config, split, ("train", "test"), meta.classes)
+    if known := sorted({n for part in ("train", "validate") for n in meta.data.get("parts", {}).get(part, [])} & set(test.names)):
+        raise EqError(f"{len(known)} of {len(test)} test pictures took part in training {folder}, the first {known[0]}; "
+                      "set classify.fold, seed and scheme to what it was trained with, or train again")
     probabilities = {"network": classifier.probabilities(test.images), "size_only": size_only(train, test), "majority": majority(train, test)}
     found = {name: scored(p, test) for name, p in probabilities.items()}
-    runs = independent_runs(split)
-    scores: dict[str, Any] = {"verdict": verdict(found["network"]["accuracy"].estimate, found["size_only"]["accuracy"].estimate, runs)}
+    runs, hits = independent_runs(split), {name: (p.argmax(1) == test.labels).astype(float) for name, p in probabilities.items()}
+    above = paired_bootstrap(hits["network"], hits["size_only"], test.units, load_config().evaluate.draws)
+    said = verdict(found["network"]["accuracy"].estimate, found["size_only"]["accuracy"].estimate, above, runs)
+    scores: dict[str, Any] = {"verdict": said, "weights_sha256": meta.weights_sha256, "above_size": plain(above)}
     scores |= {f"{name}.{k}": plain(v) for name, values in found.items() for k, v in values.items()}
     scores |= {"confusion": class_scores(probabilities["network"], test.labels, test.classes).confusion, "classes": test.classes,
                "images": len(test), "units": len(set(test.units)), "unit": split.unit, "runs": runs, "skipped": len(test.skipped)}

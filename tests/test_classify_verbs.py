@@ -1,0 +1,161 @@
+"""The verbs around the classifier as a user types them: what they write, what they say, and what they say to wrong input."""
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image as PilImage
+
+from eq.core.results import CheckpointMeta
+from eq.workflows.cli import main
+
+META = CheckpointMeta(
+    task="classify", arch="resnet18", encoder="", in_channels=3, classes=("Normal", "Tumor"), mean=(0.5,) * 3, std=(0.25,) * 3, scale=1.0, px_size_um=None,
+    tile=64, threshold=0.5, tta="none", min_area_px=0, data={"source": "made up", "terms": "none", "unit": "block"}, params={"body": False}, metrics={}, code={},
+    parent=None, weights_sha256="0" * 64,
+)
+Say = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A checkpoint, a folder of numbered slices in two classes (bright squares are tumours), and a text that calls itself a picture."
+    from eq.models.checkpoint import save_checkpoint
+    from eq.models.classifier import create_classifier
+
+    here, rng = tmp_path_factory.mktemp("verbs"), np.random.default_rng(0)
+    save_checkpoint(here / "model", create_classifier("resnet18", seed=0), META)
+    for label, level in (("Normal", 60), ("Tumor", 180)):
+        (here / "set" / label).mkdir(parents=True)
+        for i in range(70):
+            PilImage.fromarray(np.clip(rng.normal(level, 15, (40, 40)), 0, 255).astype(np.uint8)).save(here / "set" / label / f"{label}- ({i}).png")
+    (here / "set" / "Tumor" / "Tumor- (99).jpg").write_text("not a picture")
+    return here
+
+
+@pytest.fixture
+def eq(capfd: pytest.CaptureFixture[str]) -> Say:
+    "Exit code of a verb, and all that was printed by it and by what it started."
+
+    def run(*args: object) -> tuple[int, str]:
+        code = main(["classify", *map(str, args)])
+        out, err = capfd.readouterr()
+        return code, out + err
+
+    return run
+
+
+@pytest.fixture
+def pipeline(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    "Where the stages work, small and quick."
+    values = {"arch": "resnet18", "weights": "none", "image_size": "[64, 64, 3]", "epochs": "1", "batch_size": "16", "freeze": "none", "learning_rate": "0.01",
+              "body": "false", "tracker": "none", "augmentation": "false", "paths__source_url": str(made / "set")}
+    values |= {f"paths__{k}": str(made / "stages" / k) for k in ("root_dir", "unzip_dir", "base_model", "updated_base_model", "trained_model", "scores", "plots")}
+    for key, value in values.items():
+        monkeypatch.setenv(f"EQ__CLASSIFY__{key.upper()}", value)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return made / "stages"
+
+
+def test_explain_does_the_good_and_lists_the_bad(made: Path, tmp_path: Path, eq: Say) -> None:
+    one, two, bad = made / "set/Normal/Normal- (1).png", made / "set/Tumor/Tumor- (1).png", made / "set/Tumor/Tumor- (99).jpg"
+    code, said = eq("explain", one, two, bad, "--model", made / "model", "--method", "layercam", "--target", "Tumor", "--out", tmp_path / "maps")
+    assert code == 1 and f"failed: {bad}" in said and "2 done, 1 failed" in said and str(tmp_path / "maps" / "index.html") in said, said
+    files = {p.name for p in (tmp_path / "maps").iterdir()}
+    assert {f"{name}{end}" for name in ("Normal- (1)", "Tumor- (1)") for end in (".png", ".svg", "_surface.html")} <= files
+    scores = pd.read_csv(tmp_path / "maps" / "scores.csv")
+    assert scores["status"].tolist() == ["done", "done", "failed"] and scores["label"].tolist()[:2] == ["Tumor", "Tumor"]
+    assert scores[["insertion", "deletion", "shuffled", "share_body"]].notna().sum(axis=None) > 0
+    page = (tmp_path / "maps" / "index.html").read_text()
+    assert "Tumor- (99).jpg" in page and "deletion" in page and "http" not in page.replace("http-equiv", "")
+    assert main(["verify", str(tmp_path / "maps")]) == 0
+
+
+def test_embed_a_folder_of_classes(made: Path, tmp_path: Path, eq: Say) -> None:
+    code, said = eq("embed", made / "set", "--model", made / "model", "--dims", "3", "--out", tmp_path / "alike", "--neighbours", "3")
+    assert code == 1 and "140 done, 1 failed" in said and "have the class of the picture, 50 % would by chance" in said and "Rand index" in said, said
+    table, near = (pd.read_csv(tmp_path / "alike" / name) for name in ("embedding.csv", "neighbours.csv"))
+    assert table["label"].value_counts().to_dict() == {"Normal": 70, "Tumor": 70} and {"x", "y", "z", "cluster", "block"} <= set(table)
+    assert len(near) == 3 * 140 and (near["label"] == near["neighbour_label"]).mean() > 0.9  # brightness alone tells these apart
+    block = table.set_index("image")["block"]
+    assert not (block[near["image"]].to_numpy() == block[near["neighbour"]].to_numpy()).any()
+    assert "plotly" in (tmp_path / "alike" / "index.html").read_text()[:100_000].lower() and (tmp_path / "alike" / "embedding.png").stat().st_size > 1000
+
+
+def test_export_compares_and_lists(made: Path, tmp_path: Path, eq: Say) -> None:
+    code, said = eq("export", "--model", made / "model", "--format", "torch-export", "--images", made / "set" / "Tumor", "--out", tmp_path / "exports")
+    assert code == 0 and f"skipped: {made / 'set/Tumor/Tumor- (99).jpg'}" in said and "100.0 %" in said, said
+    table = pd.read_csv(tmp_path / "exports" / "exports.csv")
+    assert table["format"].tolist() == ["torch", "torch-export"] and (table["ms"] > 0).all() and table["max_difference"].max() < 1e-3
+    assert (tmp_path / "exports" / "torch-export" / "model.pt2").is_file()
+
+
+def test_card_takes_scores_of_this_network_only(made: Path, tmp_path: Path, eq: Say) -> None:
+    assert eq("card", "--model", made / "model", "--out", tmp_path / "card.md", "--licence", "CC BY 4.0")[0] == 0
+    text = (tmp_path / "card.md").read_text()
+    assert "made up" in text and "CC BY 4.0" in text and "Not measured." in text and (made / "model").as_posix() in text
+    (tmp_path / "scores.json").write_text(json.dumps({"verdict": "x", "weights_sha256": "f" * 64}))
+    code, said = eq("card", "--model", made / "model", "--out", tmp_path / "card.md", "--scores", tmp_path / "scores.json")
+    assert code == 2 and "run `eq classify evaluate` again" in said
+
+
+WRONG = {
+    "no model": (["explain", "{one}", "--model", "nowhere"], "nowhere"),
+    "method": (["explain", "{one}", "--model", "{model}", "--method", "gradcam+"], "did you mean 'gradcam"),
+    "class": (["explain", "{one}", "--model", "{model}", "--target", "tumour"], "choose from ['Normal', 'Tumor']"),
+    "text as picture": (["explain", "{bad}", "--model", "{model}"], "none of 1 pictures could be explained"),
+    "no picture": (["explain", "{model}", "--model", "{model}"], "no image in"),
+    "layout": (["embed", "{set}", "--model", "{model}", "--method", "tsen"], "did you mean 'tsne'?"),
+    "dimensions": (["embed", "{set}", "--model", "{model}", "--dims", "4"], "valid: 2 or 3"),
+    "too few": (["embed", "{one}", "--model", "{model}"], "an embedding needs 5"),
+    "embed what": (["embed", "{model}", "--model", "{model}"], "no image was found"),
+    "format": (["export", "--model", "{model}", "--format", "onx"], "did you mean 'onnx'?"),
+    "export on what": (["export", "--model", "{model}", "--format", "onnx"], "--images FOLDER"),
+    "steps": (["rate", "--steps", "3"], "10 steps or more"),
+    "processes": (["train", "--processes", "0"], "--processes"),
+}
+
+
+@pytest.mark.parametrize("name", list(WRONG))
+def test_wrong_input_is_one_clear_line(made: Path, tmp_path: Path, eq: Say, name: str) -> None:
+    args, says = WRONG[name]
+    places = {"one": made / "set/Normal/Normal- (1).png", "bad": made / "set/Tumor/Tumor- (99).jpg", "set": made / "set", "model": made / "model"}
+    out = [] if args[0] == "train" else ["--out", str(tmp_path / "out")]
+    code, said = eq(*[a.format(**places) for a in args], *out)
+    lines = [line for line in said.splitlines() if line.startswith("eq: error: ")]
+    assert code == 2 and len(lines) == 1 and says in lines[0] and "Traceback" not in said, said
+
+
+def test_a_missing_library_names_its_extra(made: Path, tmp_path: Path, eq: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("plotly", "plotly.graph_objects"):
+        monkeypatch.setitem(__import__("sys").modules, module, None)
+    for verb, extra in (("embed", "eq[embed]"), ("explain", "eq[explain]")):
+        code, said = eq(verb, made / "set", "--model", made / "model", "--out", tmp_path / verb)
+        assert code == 2 and extra in said and not (tmp_path / verb).exists(), said
+
+
+def test_a_rate_then_training_in_two_processes(pipeline: Path, eq: Say, tmp_path: Path) -> None:
+    "The stages as they are typed; two processes train, one of them writes, and what they print is seen."
+    pytest.importorskip("accelerate", reason='needs pip install "eq[ddp]"')
+    assert eq("train", "--processes", "2")[0] == 2  # nothing is there yet: said before anything is started
+    for verb in ("ingest", "prepare"):
+        assert eq(verb)[0] == 0
+    code, said = eq("rate", "--steps", "12", "--low", "1e-4")
+    assert code == 0 and "learning_rate is 0.01" in said and len(pd.read_csv(pipeline / "root_dir" / "rate" / "rates.csv")) <= 12, said
+    code, said = eq("train", "--processes", "2")
+    assert code == 0 and "valid_accuracy" in said and said.count("calibrated") == 1 and "Traceback" not in said, said
+    run = pipeline / "trained_model"
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["status"] == "done" and "--processes 2" in manifest["command"] and main(["verify", str(run)]) == 0
+    history = pd.read_csv(run / "history.csv")
+    split = {row["part"]: row["images"] for row in manifest["metrics"]["split"]}
+    assert history["images"].tolist() == [split["train"]]  # together they saw each picture once
+    assert (eq("explain", made_slice(pipeline), "--model", run, "--no-gate", "--out", tmp_path / "maps")[0], os.environ.get("WORLD_SIZE")) == (0, None)
+
+
+def made_slice(pipeline: Path) -> Path:
+    "A picture of the set."
+    return pipeline.parent / "set" / "Tumor" / "Tumor- (3).png"
