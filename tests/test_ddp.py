@@ -120,3 +120,19 @@ def test_one_fails_all_end(tmp_path: Path) -> None:
     script.write_text("import os, sys, time\nif os.environ['RANK'] == '1':\n    sys.exit('rank 1 is gone')\ntime.sleep(300)\n")
     done = start_team([str(script)], processes=2, timeout_s=120)
     assert done.returncode != 0 and "rank 1 is gone" in done.stdout + done.stderr
+
+
+def test_a_limit_ends_all(tmp_path: Path) -> None:
+    """Processes that take too long are gone afterwards: `torchrun` starts them in sessions of their own, where killing it would leave them."""
+    import os
+
+    from eq.core.registry import EqError
+    from eq.training.ddp import start_team
+
+    script = tmp_path / "slow.py"
+    script.write_text(f"import os, pathlib, time\npathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(str(os.getpid()))\ntime.sleep(300)\n")
+    with pytest.raises(EqError, match="not done after 20 s"):
+        start_team([str(script)], processes=2, timeout_s=20)
+    for rank in "01":
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / rank).read_text()), 0)

@@ -1,7 +1,9 @@
 """The classifier's pipeline under DVC: the second run does nothing, a changed value reruns what depends on it and nothing else."""
+import contextlib
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import zipfile
@@ -15,8 +17,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("data_ingestion", "prepare_base_model", "training", "evaluation")
-SMALL = {"arch": "resnet18", "weights": "none", "image_size": [64, 64, 3], "epochs": 1, "batch_size": 16, "freeze": "none", "learning_rate": 0.01, "body": False,
-         "tracker": "none"}
+SMALL = {"arch": "resnet18", "weights": "none", "image_size": [64, 64, 3], "epochs": 1, "batch_size": 16, "freeze": "none", "learning_rate": 0.01, "body": False}
 
 
 def archive(path: Path) -> Path:
@@ -36,7 +37,7 @@ def checkout(tmp_path_factory) -> Path:
     "A checkout of its own, so that outputs and DVC's files land there."
     here = tmp_path_factory.mktemp("checkout")
     shutil.copytree(ROOT / "eq", here / "eq", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("settings.ini", "dvc.yaml"):
+    for name in ("settings.ini", "dvc.yaml"):  # the tracker is the default one: a store below outputs/
         shutil.copy(ROOT / name, here / name)
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
     values["classify"] |= SMALL
@@ -81,7 +82,12 @@ def test_stages_rerun_only_when_they_must(checkout):
     change(checkout, dropout=0.1)
     said = dvc(checkout, "repro")
     assert {"prepare_base_model", "training", "evaluation"} == ran(said), said
+    assert json.loads((made / "model" / "model.json").read_text())["params"]["classify"]["epochs"] == 2
     assert "accuracy" in dvc(checkout, "metrics", "show")
+    with contextlib.closing(sqlite3.connect(checkout / "outputs" / "mlflow.db")) as store:
+        runs = store.execute("select status from runs").fetchall()
+        told = dict(store.execute("select key, value from params where key in ('epochs', 'dropout') order by rowid").fetchall())
+    assert runs == [("FINISHED",)] * 3 and told == {"epochs": "2", "dropout": "0.1"}, (runs, told)
 
 
 def test_a_stage_without_its_forerunner_says_so(tmp_path):

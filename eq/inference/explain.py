@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'NOISE', 'LEAST', 'Seen', 'Cam', 'Method', 'explained_layer', 'Explanation', 'scaled_map', 'explain']
 
-# %% ../../nbs/47_inference.explain.ipynb #c5df67d7
+# %% ../../nbs/47_inference.explain.ipynb #59b27c51
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from .picture_features import feature_map
 from ..models.classifier import Parts, classifier_family
 from ..models.forward import to_input
 
-# %% ../../nbs/47_inference.explain.ipynb #9fdeb45a
+# %% ../../nbs/47_inference.explain.ipynb #65588489
 @dataclass(frozen=True)
 class Seen:
     "What passed the layer. The first row is the picture, further ones are noisy copies."
@@ -72,7 +72,7 @@ METHODS.register("gradcam++")(Method("GradCAMPlusPlus", 0, _package))
 METHODS.register("smoothgradcam++")(Method("GradCAMPlusPlus", 8, _smooth))
 METHODS.register("layercam")(Method("LayerCAM", 0, _package))
 
-# %% ../../nbs/47_inference.explain.ipynb #fd198310
+# %% ../../nbs/47_inference.explain.ipynb #eba5acde
 def _library() -> Any:
     try:
         import pytorch_grad_cam
@@ -105,7 +105,7 @@ def _without_gradients(network: nn.Module) -> Iterator[None]:
         for name, p in network.named_parameters():
             p.requires_grad_(before[name])
 
-# %% ../../nbs/47_inference.explain.ipynb #3aa621f7
+# %% ../../nbs/47_inference.explain.ipynb #d833e977
 NOISE = 0.15  # of the picture's range: standard deviation of the noise of Smooth Grad-CAM++
 LEAST = 1e-6  # of activation times gradient: a map that stays below is rounding
 
@@ -151,7 +151,7 @@ def scaled_map(
     grown = cv2.resize(np.maximum(raw, 0).astype(np.float32), (side, side), interpolation=cv2.INTER_LINEAR)
     return np.clip(grown / grown.max(), 0, 1), ""
 
-# %% ../../nbs/47_inference.explain.ipynb #7329c45d
+# %% ../../nbs/47_inference.explain.ipynb #67c3b15d
 def _look(classifier: Classifier, cam: Cam, x: torch.Tensor, target: int) -> Seen:
     "One pass there and back."
     cam.activations_and_grads.gradients = []

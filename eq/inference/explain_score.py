@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'PASSED', 'BLUR', 'SanityCheck', 'shuffled_from_the_head', 'sanity_check', 'PixelScore', 'blurred',
            'pixel_score', 'region_shares', 'MapScores', 'score_map']
 
-# %% ../../nbs/47b_inference.explain_score.ipynb #70d5422c
+# %% ../../nbs/47b_inference.explain_score.ipynb #66db95f2
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .classify import Classifier, check_pictures
 from .explain import Explanation, explain
 from ..models.classifier import classifier_family
 
-# %% ../../nbs/47b_inference.explain_score.ipynb #998cae01
+# %% ../../nbs/47b_inference.explain_score.ipynb #90108a52
 STAGES = (0.0, 0.5, 1.0)  # share of the feature layers that is shuffled besides the head
 PASSED = 0.5  # a rank correlation stronger than this, of either sign, with all layers shuffled fails
 
@@ -41,7 +41,8 @@ class SanityCheck(Result):
 
     def __str__(self) -> str:
         steps = ", ".join(f"{100 * s:.0f} % {c:+.2f}" for s, c in zip(self.stages, self.correlation, strict=True))
-        verdict = "the map changes" if self.passed else "NOT PASSED: the map hardly depends on the weights"
+        flat = self.correlation[-1] != self.correlation[-1]
+        verdict = "the map changes" if self.passed else "NOT PASSED: the map is empty" if flat else "NOT PASSED: the map hardly depends on the weights"
         return f"rank correlation with head and share of the layers shuffled: {steps}; {verdict}"
 
 
@@ -97,7 +98,7 @@ def sanity_check(
     means = tuple(float(m) for m in np.mean(found, axis=0))
     return SanityCheck(STAGES, means, draws, bool(abs(means[-1]) <= PASSED))
 
-# %% ../../nbs/47b_inference.explain_score.ipynb #bec24bc8
+# %% ../../nbs/47b_inference.explain_score.ipynb #2f2a6691
 BLUR = 1 / 20  # of the side: standard deviation of the blur
 
 
@@ -158,7 +159,7 @@ def pixel_score(
     others = np.mean([_areas(classifier, image, m, explanation.target, steps) for m in maps], axis=0) if draws else nothing
     return PixelScore(own[0], own[1], float(others[0]), float(others[1]), steps)
 
-# %% ../../nbs/47b_inference.explain_score.ipynb #f0c1d62a
+# %% ../../nbs/47b_inference.explain_score.ipynb #745d55f4
 def region_shares(
     explanation: Explanation,  # Of a picture
     image: np.ndarray,  # (side, side, 3) uint8, the picture
@@ -175,7 +176,7 @@ def region_shares(
         rows.append({"region": name, "share": share, "area": area, "ratio": share / area if area else float("nan")})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/47b_inference.explain_score.ipynb #779a2bd7
+# %% ../../nbs/47b_inference.explain_score.ipynb #a60897b9
 @dataclass(frozen=True)
 class MapScores:
     "What speaks for and against one map."
@@ -186,7 +187,8 @@ class MapScores:
 
     def __str__(self) -> str:
         rows = zip(*(self.regions[name] for name in ("region", "share", "area")), strict=True)
-        shares = ", ".join(f"{region} {100 * share:.0f} % of the map on {100 * area:.0f} % of the picture" for region, share, area in rows)
+        said = ((region, f"{100 * share:.0f} %" if share == share else "nothing", area) for region, share, area in rows)
+        shares = ", ".join(f"{region} {part} of the map on {100 * area:.0f} % of the picture" for region, part, area in said)
         return f"{self.sanity}\n{self.pixels}\n{shares}"
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_STAGES', 'feature_map', 'stage_names', 'embed_pictures']
 
-# %% ../../nbs/41e_inference.picture_features.ipynb #236dec66
+# %% ../../nbs/41e_inference.picture_features.ipynb #5be29f9a
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,7 +18,7 @@ from .classify import BATCH, Classifier, check_pictures
 from ..models.classifier import Parts, classifier_family
 from ..models.forward import to_input
 
-# %% ../../nbs/41e_inference.picture_features.ipynb #52f2cea7
+# %% ../../nbs/41e_inference.picture_features.ipynb #f2089610
 def feature_map(
     network: nn.Module,  # A classifier
     parts: Parts,  # Its parts
@@ -37,7 +37,7 @@ def feature_map(
         return out.permute(0, 3, 1, 2) if out.shape[3] == last != out.shape[1] else out
     raise EqError(f"layer {parts.features!r} gives shape {tuple(out.shape)}, which is no feature map; valid: (N, channels, h, w) or (N, tokens, channels)")
 
-# %% ../../nbs/41e_inference.picture_features.ipynb #7278ee68
+# %% ../../nbs/41e_inference.picture_features.ipynb #a1dfcf03
 MOST_STAGES = 5  # a ViT has a dozen blocks: as many of them, evenly
 
 
@@ -51,7 +51,7 @@ def stage_names(
     names = told or pools or [parts.features]
     return tuple(names[i] for i in np.unique(np.linspace(0, len(names) - 1, min(len(names), MOST_STAGES)).round().astype(int)))
 
-# %% ../../nbs/41e_inference.picture_features.ipynb #d183cfef
+# %% ../../nbs/41e_inference.picture_features.ipynb #447d6c41
 def embed_pictures(
     classifier: Classifier,  # From `Classifier.from_checkpoint`
     images: np.ndarray,  # (N, side, side, 3) uint8

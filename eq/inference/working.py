@@ -6,7 +6,7 @@
 __all__ = ['MAX_RATIO', 'PIECE_PX', 'WorkingScale', 'working_scale', 'Source', 'ArraySource', 'axis_weights', 'Working',
            'resize_rows']
 
-# %% ../../nbs/40a_inference.working.ipynb #9a3b26ae
+# %% ../../nbs/40a_inference.working.ipynb #d312334a
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +20,7 @@ from ..core.registry import EqError
 from ..core.results import CheckpointMeta, Tile
 from ..data.pixels import ArrayExtent, Extent
 
-# %% ../../nbs/40a_inference.working.ipynb #06f0c2b8
+# %% ../../nbs/40a_inference.working.ipynb #cfd5922e
 MAX_RATIO = 16.0  # beyond this ratio of pixel sizes somebody mistook nm for um
 
 
@@ -49,7 +49,7 @@ def working_scale(
     factor = meta.scale * ratio
     return WorkingScale(factor, f"pixel size {px_size_um:g} um, training {meta.px_size_um:g} um: made smaller by {factor:g}")
 
-# %% ../../nbs/40a_inference.working.ipynb #84cfb4e9
+# %% ../../nbs/40a_inference.working.ipynb #9fc48076
 class Source(Extent, Protocol):
     "An image that can be read by region; `eq.data.io.Image` is one."
 
@@ -70,7 +70,7 @@ class ArraySource(ArrayExtent):
         "The region as a view."
         return self.values[y : None if h is None else y + h, x : None if w is None else x + w]
 
-# %% ../../nbs/40a_inference.working.ipynb #61182187
+# %% ../../nbs/40a_inference.working.ipynb #e1cca86b
 def axis_weights(
     size_in: int,  # Original pixels along this axis
     size_out: int,  # Working pixels along this axis
@@ -96,7 +96,7 @@ def axis_weights(
     matrix = sparse.csr_array((weight.ravel().astype(np.float32), (rows, cells.ravel() - first)), (len(i), last - first + 1))
     return first, matrix
 
-# %% ../../nbs/40a_inference.working.ipynb #d3b5196a
+# %% ../../nbs/40a_inference.working.ipynb #2a069463
 class Working:
     "A source seen at working resolution."
 
@@ -142,7 +142,7 @@ class Working:
         bottom, right = min(self.size[0], int(np.ceil((tile.y + tile.h) * fy))), min(self.size[1], int(np.ceil((tile.x + tile.w) * fx)))
         return Tile(top, left, bottom - top, right - left)
 
-# %% ../../nbs/40a_inference.working.ipynb #19de5828
+# %% ../../nbs/40a_inference.working.ipynb #81c441ce
 PIECE_PX = 2**22  # most pixels that are handed out at once
 
 
@@ -166,7 +166,7 @@ def resize_rows(
         return
     upper, share = _rows_between(wanted[0], size[0])
     done, seen, held = 0, 0, np.empty((0, wanted[1]), np.float32)
-    for band in bands:
+    for band in (band[y : y + step] for band in bands for y in range(0, len(band), step)):  # a band of a slide, as wide as the slide, would be hundreds of MB
         wide = cv2.resize(np.ascontiguousarray(band), (wanted[1], len(band)), interpolation=cv2.INTER_LINEAR).reshape(len(band), wanted[1])
         held, seen = np.concatenate([held, wide]), seen + len(band)
         top = seen - len(held)

@@ -6,7 +6,7 @@
 __all__ = ['MEAN', 'STD', 'CLASSIFIERS', 'TIMM', 'Parts', 'Family', 'timm_family', 'classifier_family', 'create_classifier',
            'freeze_features']
 
-# %% ../../nbs/20c_models.classifier.ipynb #5280ffbc
+# %% ../../nbs/20c_models.classifier.ipynb #2439dcc0
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from torchvision.models import VGG16_Weights, vgg16
 from ..core.registry import EqError, Registry, unknown_name
 from .imagenet import no_weights, packaged_or_hub
 
-# %% ../../nbs/20c_models.classifier.ipynb #a2e4ecaf
+# %% ../../nbs/20c_models.classifier.ipynb #09252068
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's photographs, on the 0-1 scale
 
 
@@ -47,7 +47,7 @@ class Family:
 
 CLASSIFIERS: Registry[Family] = Registry("classifier")
 
-# %% ../../nbs/20c_models.classifier.ipynb #b6514720
+# %% ../../nbs/20c_models.classifier.ipynb #01b285db
 def _vgg16(in_channels: int, classes: int, dropout: float) -> nn.Module:
     "VGG16 (Simonyan and Zisserman 2015, arXiv 1409.1556): features, 7x7 pooling, 25088-4096-4096-classes."
     model = vgg16(weights=None, num_classes=classes, dropout=dropout)
@@ -73,13 +73,18 @@ def timm_family(
     "A classifier of timm: head and last feature map are where its description says."
 
     def build(in_channels: int, classes: int, dropout: float) -> nn.Module:
-        return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=in_channels, drop_rate=dropout)
+        model = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=in_channels, drop_rate=dropout)
+        last = cast(Any, model).get_classifier()
+        if isinstance(last, nn.Linear):
+            last.reset_parameters()  # by fan-in; by fan-out, as timm does it for some, a head of two classes begins with logits of 20
+        return model
 
     def parts(model: nn.Module) -> Parts:
         known, steps = cast(dict[str, Any], model.default_cfg), cast(list[dict[str, Any]], model.feature_info)
         head = known["classifier"]
         heads = (head,) if isinstance(head, str) else tuple(head)
-        return Parts(heads, steps[-1]["module"], hasattr(model, "cls_token"), tuple(known["mean"]), tuple(known["std"]))
+        seen = "bn2" if hasattr(model, "conv_head") and hasattr(model, "bn2") else steps[-1]["module"]  # a linear bottleneck has signs, a rectified map has none
+        return Parts(heads, seen, hasattr(model, "cls_token"), tuple(known["mean"]), tuple(known["std"]))
 
     return Family(build, lambda: packaged_or_hub(name), parts)
 
@@ -100,7 +105,7 @@ def classifier_family(
         raise unknown_name("timm network", arch, [f"tu-{n}" for n in timm.list_models()])
     return timm_family(arch.removeprefix("tu-"))
 
-# %% ../../nbs/20c_models.classifier.ipynb #896272f0
+# %% ../../nbs/20c_models.classifier.ipynb #f546c7bf
 def _fill(model: nn.Module, found: dict[str, torch.Tensor], parts: Parts, origin: str) -> None:
     own = model.state_dict()
     fits = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEIGHT', 'STYLE', 'BODY', 'Points', 'colours', 'plot_embedding', 'write_embedding_png', 'write_embedding_page']
 
-# %% ../../nbs/63b_reporting.embedding_page.ipynb #034b2014
+# %% ../../nbs/63b_reporting.embedding_page.ipynb #5d3cc867
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -23,7 +23,7 @@ from ..core.registry import EqError
 from ..data.cohort import natural_key
 from .plotly_page import page_frame, plotly_objects, plotly_part
 
-# %% ../../nbs/63b_reporting.embedding_page.ipynb #63a3212e
+# %% ../../nbs/63b_reporting.embedding_page.ipynb #670b3fd6
 @dataclass(frozen=True)
 class Points:
     "What is known of each point besides where it lies."
@@ -56,7 +56,7 @@ def _views(views: Mapping[str, np.ndarray], points: Points) -> None:
         if at.shape not in ((len(points.names), 2), (len(points.names), 3)) or not np.isfinite(at).all():
             raise EqError(f"view {name!r} has shape {at.shape}; valid: ({len(points.names)}, 2) or ({len(points.names)}, 3), finite")
 
-# %% ../../nbs/63b_reporting.embedding_page.ipynb #5f1ff3e1
+# %% ../../nbs/63b_reporting.embedding_page.ipynb #931aaaa1
 def colours(
     count: int,  # Groups
 ) -> list[str]:  # `#rrggbb`, all different
@@ -100,7 +100,7 @@ def write_embedding_png(
         plot_embedding(views, points).savefig(temp, format="png", dpi=140)
     return Path(path)
 
-# %% ../../nbs/63b_reporting.embedding_page.ipynb #62622cda
+# %% ../../nbs/63b_reporting.embedding_page.ipynb #8a9db524
 HEIGHT = 560  # of a view, pixels
 
 
@@ -131,11 +131,11 @@ def _figure(name: str, at: np.ndarray, points: Points) -> Any:
                          xaxis=axis, yaxis=axis, scene=dict.fromkeys(("xaxis", "yaxis", "zaxis"), axis), legend={"itemsizing": "constant"})  # fmt: skip
     return figure
 
-# %% ../../nbs/63b_reporting.embedding_page.ipynb #cb568af2
+# %% ../../nbs/63b_reporting.embedding_page.ipynb #10c87a17
 STYLE = """
 body{margin:0;background:#f5f7f9;color:#1d2430;font:15px/1.5 -apple-system,"Segoe UI",Inter,Roboto,"Helvetica Neue",Arial,sans-serif}
 header,footer{padding:22px 28px 6px;max-width:70em}h1{font-size:20px;font-weight:600;margin:0 0 4px;color:#23527c}p{margin:0 0 6px;color:#5b6675}
-main{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,520px),1fr));gap:16px;padding:12px 28px}
+main{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,520px),1fr));gap:16px;padding:12px 28px}
 section{background:#fff;border:1px solid #dfe4ea;border-radius:6px;min-width:0;overflow:hidden}footer{font-size:12.5px}
 """
 BODY = """<header><h1>{{ title }}</h1><p>{{ summary }}</p>{% for line in notes %}<p>{{ line }}</p>{% endfor %}</header>

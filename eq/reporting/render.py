@@ -7,7 +7,7 @@ __all__ = ['Picture', 'MAGIC', 'STYLE', 'PRINT_STYLE', 'PAGE', 'ROWS', 'Stat', '
            'image_bytes', 'data_uri', 'cell_text', 'column_text', 'table_cells', 'interval_text', 'render_table',
            'render_report', 'write_report']
 
-# %% ../../nbs/62_reporting.render.ipynb #353a3035
+# %% ../../nbs/62_reporting.render.ipynb #d6e9b858
 import base64
 import io
 import numbers
@@ -28,7 +28,7 @@ from ..core.files import write_text
 from ..core.registry import EqError
 from ..core.results import Interval
 
-# %% ../../nbs/62_reporting.render.ipynb #9312aecd
+# %% ../../nbs/62_reporting.render.ipynb #a82f28f5
 Picture = bytes | str | Path | np.ndarray | Canvas  # whatever a report can show
 
 
@@ -62,7 +62,7 @@ class Figure:
         "What a notebook shows."
         return image_bytes(self.image)
 
-# %% ../../nbs/62_reporting.render.ipynb #934ebf8c
+# %% ../../nbs/62_reporting.render.ipynb #be7bce7e
 @dataclass(frozen=True)
 class Section:
     "One part of a report."
@@ -86,7 +86,7 @@ class Report:
     facts: Mapping[str, str] = field(default_factory=dict)  # Name -> value: versions, parameters, command
     banner: str = ""  # Said above everything, for example that images are synthetic
 
-# %% ../../nbs/62_reporting.render.ipynb #1ce68727
+# %% ../../nbs/62_reporting.render.ipynb #a27d59a3
 MAGIC = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}  # first bytes -> media type
 
 
@@ -120,7 +120,7 @@ def data_uri(
         raise EqError(f"a figure must be PNG or JPEG; its first bytes are {raw[:8]!r}")
     return f"data:{kind};base64,{base64.b64encode(raw).decode()}"
 
-# %% ../../nbs/62_reporting.render.ipynb #2322a3ab
+# %% ../../nbs/62_reporting.render.ipynb #442fe5e9
 def cell_text(
     value: Any,  # A table cell
 ) -> str:  # What is printed
@@ -168,7 +168,7 @@ def interval_text(
     low, high = (f"{end:.2f}" if abs(end) < 10 else cell_text(end) for end in (interval.low, interval.high))
     return f"{100 * interval.level:g} % interval {low} to {high}{count}"
 
-# %% ../../nbs/62_reporting.render.ipynb #63eef3d7
+# %% ../../nbs/62_reporting.render.ipynb #847eaca6
 STYLE = """
 :root{--ink:#1d2430;--soft:#5b6675;--line:#dfe4ea;--paper:#fff;--tint:#f5f7f9;--accent:#23527c;--good:#1b7f4b;--bad:#b3261e}
 *{box-sizing:border-box}
@@ -198,10 +198,11 @@ th.r,td.r{text-align:right;padding-right:28px}tr{break-inside:avoid}
 .checks li.no::before{content:"\\2717";color:var(--bad)}.checks li.no{color:var(--bad)}.checks small{color:var(--soft);display:block}
 """
 
-# %% ../../nbs/62_reporting.render.ipynb #3bdbcefa
+# %% ../../nbs/62_reporting.render.ipynb #e73d67fb
 PRINT_STYLE = """
 details{margin-top:10px}summary{cursor:pointer;color:var(--accent);font-size:14px}
-.mono td{font-size:12.5px;word-break:break-all}.mono td:last-child{font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;color:var(--soft)}
+.mono td{font-size:12.5px;word-break:break-all}.mono td:first-child{min-width:9em;padding-right:18px}
+.mono td:last-child{font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;color:var(--soft)}
 footer{margin-top:36px;padding-top:12px;border-top:1px solid var(--line);color:var(--soft);font-size:12.5px}
 @media (max-width:720px){main{padding:24px 20px;margin:0;border:0}.answer{font-size:22px}figure.half{flex-basis:100%}}
 @media print{@page{margin:16mm}body{background:#fff;font-size:10.5pt}main{margin:0;padding:0;border:0;max-width:none}
@@ -232,7 +233,7 @@ PAGE = """<!DOCTYPE html>
 <footer>Made by eq. This file needs no other file and loads nothing.</footer></main></body></html>
 """
 
-# %% ../../nbs/62_reporting.render.ipynb #545ebb6a
+# %% ../../nbs/62_reporting.render.ipynb #1ec796c8
 ROWS = """<div class="scroll"><table><thead><tr>{% for name, right in head %}<th{% if right %} class="r"{% endif %}>{{ name }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in cells %}<tr>{% for text, right in row %}<td{% if right %} class="r"{% endif %}>{{ text }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>"""

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RangePlan', 'smooth', 'steepest', 'RangeCurve', 'Ramp', 'find_rate', 'plot_rates', 'write_rates']
 
-# %% ../../nbs/37b_training.lr_finder.ipynb #209574fe
+# %% ../../nbs/37b_training.lr_finder.ipynb #1110bb81
 # fastai builds much of itself at run time, where a type checker cannot follow
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 import math
@@ -28,7 +28,7 @@ from .callback import EachEpoch
 from .fit_classify import ClassifyFit, ClassifyOptions
 from .state import random_state, set_random_state
 
-# %% ../../nbs/37b_training.lr_finder.ipynb #a9b48e01
+# %% ../../nbs/37b_training.lr_finder.ipynb #39a869df
 @dataclass(frozen=True)
 class RangePlan:
     "How far and how fine."
@@ -67,14 +67,15 @@ def steepest(
 ) -> float | None:  # The rate around which the loss falls most steeply; None where it does not fall by 1 %
     "The suggestion."
     curve, logs, width = smooth(losses), np.log(rates), max(4, len(rates) // 5)
-    bottom = int(curve.argmin())
-    if curve[bottom] > 0.99 * curve[: bottom + 1].max():
+    early = min(width, len(curve)) - 1  # before that, the average holds too few losses to be one
+    bottom = early + int(curve[early:].argmin())
+    if curve[bottom] > 0.99 * curve[early : bottom + 1].max():
         return None
     starts = range(max(1, bottom + 2 - width))
     slopes = [np.polyfit(logs[i : i + width], losses[i : i + width], 1)[0] for i in starts]
     return float(np.exp(logs[int(np.argmin(slopes)) :][:width].mean()))
 
-# %% ../../nbs/37b_training.lr_finder.ipynb #29bd8ab9
+# %% ../../nbs/37b_training.lr_finder.ipynb #cfacf778
 @dataclass(frozen=True)
 class RangeCurve:
     "What a range test found."
@@ -139,7 +140,7 @@ def find_rate(
     rates = [plan.rate(i) for i in range(len(losses))]
     return RangeCurve(tuple(rates), tuple(losses), steepest(rates, losses))
 
-# %% ../../nbs/37b_training.lr_finder.ipynb #da59c61b
+# %% ../../nbs/37b_training.lr_finder.ipynb #a59e2384
 def plot_rates(
     curve: RangeCurve,  # From `find_rate`
 ) -> Figure:  # Loss against the logarithm of the rate
@@ -151,7 +152,7 @@ def plot_rates(
     if curve.suggestion is not None:
         axes.axvline(curve.suggestion, color="tab:red", linestyle="--", label=f"steepest fall: {curve.suggestion:.1e}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss", ylim=(0, min(1.1 * max(curve.losses), 2.2 * curve.losses[0])))
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 

@@ -7,9 +7,10 @@ __all__ = ['LONG', 'PROTOCOLS', 'ZOO', 'Judged', 'BEST', 'Said', 'by_blocks', 'b
            'with_weights', 'recipe', 'pooled', 'score_rows', 'within_folds', 'Course', 'choose_best', 'one_fold',
            'above_size', 'one_protocol', 'bench_ct']
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #78b2805c
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #421b1582
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from .bench import Row, Sitting, write_plot
 from .classify_stages import pictures_of
 from .classify_train import majority, size_only, train_split
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #61b5d787
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #6105db36
 LONG = 60  # slices: a run at least so long is trained on in the protocol "runs"
 PROTOCOLS: Registry[Callable[[Cohort], list[Split]]] = Registry("protocol")
 
@@ -65,7 +66,7 @@ def at_random(
     "Single slices at random: neighbours on both sides of the split."
     return [split_cohort(replace(cohort, split_unit="image"), "grouped_kfold", purpose="bench", k=5, fold=0)]
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #ac767a98
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #220625e3
 @dataclass(frozen=True)
 class Competitor:
     "A network and where its weights come from."
@@ -79,6 +80,7 @@ class Competitor:
         return self.arch if self.weights == "imagenet" else f"{self.arch} (random weights)"
 
 
+@cache
 def with_weights(
     arch: str,  # A name of CLASSIFIERS
 ) -> Competitor:  # With ImageNet weights where they can be had
@@ -107,7 +109,7 @@ def recipe(
         changes |= {"optimiser": "adamw", "schedule": "cosine", "weight_decay": 0.05, "freeze": "none" if competitor.weights == "none" else "until:0.2"}
     return load_config().classify.model_copy(update=changes)
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #ff4257a6
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #70c5e30a
 Judged = tuple[np.ndarray, np.ndarray, list[str]]  # probabilities, labels, units
 
 
@@ -140,7 +142,7 @@ def within_folds(
     "Of each fold by itself, then averaged: folds put together also compare the scores of different networks with each other."
     return float(np.mean([auroc(p[:, 1], t.labels == 1) for p, t in parts]))
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #5e85aaf0
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #2dfe7497
 BEST = "best of the zoo"
 Said = dict[str, np.ndarray]  # who -> (N, C) probabilities of the test pictures
 
@@ -180,7 +182,7 @@ def one_fold(
     rows = [Row(n, f"{name}_validation_log_loss", round(v, 4), seed=str(course.seed)) for n, v in losses.items()]
     return said, test, [*rows, Row(best, f"{name}_chosen", 1.0, seed=str(course.seed))]
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #96f7f46e
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #98c7e501
 def above_size(
     protocol: str,  # Its name
     judged: dict[str, Judged],  # Who -> what was said
@@ -213,7 +215,7 @@ def one_protocol(
     known = np.mean([run in set(s.train.table["run"]) for s in splits for run in s.test.table["run"]])
     return [*rows, Row("test part", f"{name}_share_of_known_runs", round(float(known), 3), seed=str(course.seed))]
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #1683ef84
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #6c63acf1
 def bench_ct(
     sitting: Sitting,  # Where the rows go
     minutes: float | None = None,  # Of training in total; None: five times bench.minutes (40)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERBS', 'Option', 'Verb', 'add_verb', 'epilog', 'load_verb', 'overview', 'with_options', 'run_verb', 'main']
 
-# %% ../../nbs/70_workflows.cli.ipynb #c4a3eb0f
+# %% ../../nbs/70_workflows.cli.ipynb #8f99892f
 import os
 import sys
 import warnings
@@ -22,7 +22,7 @@ from typer.main import get_command
 
 from ..core.registry import EqError, Registry
 
-# %% ../../nbs/70_workflows.cli.ipynb #59a45d79
+# %% ../../nbs/70_workflows.cli.ipynb #0d516c48
 @dataclass(frozen=True)
 class Verb:
     "A verb of the command, not yet loaded."
@@ -44,7 +44,7 @@ def add_verb(
     "Register a verb. Raises EqError when the name is taken."
     VERBS.register(name)(Verb(module, summary, examples))
 
-# %% ../../nbs/70_workflows.cli.ipynb #760fc000
+# %% ../../nbs/70_workflows.cli.ipynb #a61f1d48
 add_verb("demo", "eq.workflows.demo", "From nothing to a treatment effect, on synthetic images.", "eq demo", "eq demo --out outputs/demo --seed 1")
 add_verb(
     "data", "eq.workflows.data", "List, show and organise sources of images; join score sheets.",
@@ -79,12 +79,13 @@ add_verb(
 add_verb("plan", "eq.workflows.plan", "Animals, glomeruli and raters that an experiment needs.",
          "eq plan --effect 0.7 --pilot scores.csv", "eq plan --effect 0.7 --between 0.2 --within 0.5")
 add_verb(
-    "classify", "eq.workflows.classify", "Classify whole images: the stages of the CT pipeline, and prediction.",
+    "classify", "eq.workflows.classify", "Classify whole images: the stages of the CT pipeline, prediction, explanation, export.",
     "eq classify ingest", "eq classify train", "eq classify predict slices/ --model outputs/classify/model --out predictions.csv",
+    "eq classify explain slices/ --model outputs/classify/model --out outputs/maps",
 )
 add_verb("verify", "eq.workflows.verify", "Check a run's files against its manifest.", "eq verify outputs/demo")
 
-# %% ../../nbs/70_workflows.cli.ipynb #cd5e9ab1
+# %% ../../nbs/70_workflows.cli.ipynb #37dd23e0
 def epilog(
     examples: tuple[str, ...],  # Commands as typed
 ) -> str:  # Text for the end of a help page
@@ -116,7 +117,7 @@ def overview() -> Any:  # The click command that prints `eq --help`
         app.command(name, help=VERBS[name].summary)(lambda: None)
     return get_command(app)
 
-# %% ../../nbs/70_workflows.cli.ipynb #9615efb8
+# %% ../../nbs/70_workflows.cli.ipynb #31d2ee51
 Option = tuple[str, Any, Any, Any]  # Name, type, default (`Parameter.empty` for none), what Typer shows
 
 
@@ -130,7 +131,7 @@ def with_options(
     command.__annotations__ = {p.name: p.annotation for p in found}
     return command
 
-# %% ../../nbs/70_workflows.cli.ipynb #eca44110
+# %% ../../nbs/70_workflows.cli.ipynb #c85d698c
 def run_verb(
     args: list[str],  # What was typed after `eq`
 ) -> int:  # Exit code
