@@ -6,7 +6,7 @@
 __all__ = ['MAX_RATIO', 'PIECE_PX', 'WorkingScale', 'working_scale', 'Source', 'ArraySource', 'axis_weights', 'Working',
            'resize_rows']
 
-# %% ../../nbs/40a_inference.working.ipynb #d312334a
+# %% ../../nbs/40a_inference.working.ipynb #b6ec766f
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +20,7 @@ from ..core.registry import EqError
 from ..core.results import CheckpointMeta, Tile
 from ..data.pixels import ArrayExtent, Extent
 
-# %% ../../nbs/40a_inference.working.ipynb #cfd5922e
+# %% ../../nbs/40a_inference.working.ipynb #3638e472
 MAX_RATIO = 16.0  # beyond this ratio of pixel sizes somebody mistook nm for um
 
 
@@ -49,7 +49,7 @@ def working_scale(
     factor = meta.scale * ratio
     return WorkingScale(factor, f"pixel size {px_size_um:g} um, training {meta.px_size_um:g} um: made smaller by {factor:g}")
 
-# %% ../../nbs/40a_inference.working.ipynb #9fc48076
+# %% ../../nbs/40a_inference.working.ipynb #6cc492d2
 class Source(Extent, Protocol):
     "An image that can be read by region; `eq.data.io.Image` is one."
 
@@ -70,7 +70,7 @@ class ArraySource(ArrayExtent):
         "The region as a view."
         return self.values[y : None if h is None else y + h, x : None if w is None else x + w]
 
-# %% ../../nbs/40a_inference.working.ipynb #e1cca86b
+# %% ../../nbs/40a_inference.working.ipynb #58f22d7f
 def axis_weights(
     size_in: int,  # Original pixels along this axis
     size_out: int,  # Working pixels along this axis
@@ -96,7 +96,7 @@ def axis_weights(
     matrix = sparse.csr_array((weight.ravel().astype(np.float32), (rows, cells.ravel() - first)), (len(i), last - first + 1))
     return first, matrix
 
-# %% ../../nbs/40a_inference.working.ipynb #2a069463
+# %% ../../nbs/40a_inference.working.ipynb #ced44c09
 class Working:
     "A source seen at working resolution."
 
@@ -142,8 +142,8 @@ class Working:
         bottom, right = min(self.size[0], int(np.ceil((tile.y + tile.h) * fy))), min(self.size[1], int(np.ceil((tile.x + tile.w) * fx)))
         return Tile(top, left, bottom - top, right - left)
 
-# %% ../../nbs/40a_inference.working.ipynb #81c441ce
-PIECE_PX = 2**22  # most pixels that are handed out at once
+# %% ../../nbs/40a_inference.working.ipynb #75bc0c0a
+PIECE_PX = 2**21  # most pixels that are handed out at once
 
 
 @cache
@@ -166,9 +166,10 @@ def resize_rows(
         return
     upper, share = _rows_between(wanted[0], size[0])
     done, seen, held = 0, 0, np.empty((0, wanted[1]), np.float32)
-    for band in (band[y : y + step] for band in bands for y in range(0, len(band), step)):  # a band of a slide, as wide as the slide, would be hundreds of MB
-        wide = cv2.resize(np.ascontiguousarray(band), (wanted[1], len(band)), interpolation=cv2.INTER_LINEAR).reshape(len(band), wanted[1])
-        held, seen = np.concatenate([held, wide]), seen + len(band)
+    pieces = (band[y : y + step] for band in bands for y in range(0, len(band), step))  # a whole band, as wide as a slide, would be hundreds of MB
+    for piece in pieces:
+        wide = cv2.resize(np.ascontiguousarray(piece), (wanted[1], len(piece)), interpolation=cv2.INTER_LINEAR).reshape(len(piece), wanted[1])
+        held, seen = np.concatenate([held, wide]), seen + len(piece)
         top = seen - len(held)
         ready = wanted[0] if seen == size[0] else int(np.searchsorted(upper, seen - 1))
         for start in range(done, ready, step):
