@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'ANIMALS', 'FIELDS', 'paint_animal', 'run_chain', 'slope', 'chain_rows', 'bench_chain']
 
-# %% ../../nbs/77n_workflows.bench_chain.ipynb #421e8f82
+# %% ../../nbs/77n_workflows.bench_chain.ipynb #7e9325d7
 import multiprocessing
 import resource
 import time
@@ -27,7 +27,7 @@ from ..quantification.instances import instance_table
 from ..quantification.raters import consensus
 from .bench import Row, Sitting, write_plot
 
-# %% ../../nbs/77n_workflows.bench_chain.ipynb #18f19e45
+# %% ../../nbs/77n_workflows.bench_chain.ipynb #d4e499ac
 SIZES, ANIMALS, FIELDS = (1_250, 2_500, 5_000, 10_000), 24, 3
 
 
@@ -46,10 +46,11 @@ def _measure(field: KidneyField, name: str) -> tuple[pd.DataFrame, pd.DataFrame]
     "Instances with their swelling, and features, of one field."
     found = instance_table(field.glomerulus, field.px_size_um)
     found["id"] = [f"{name}#{n}" for n in found["label"]]
-    found["swelling"] = found["label"].map(field.table.set_index("label")["swelling"])
+    known = dict(zip(field.table["label"], field.table["swelling"], strict=True))
+    found["swelling"] = [known[n] for n in found["label"]]
     return found, feature_table(field.image, field.glomerulus, found, options=FeatureOptions(px_size_um=field.px_size_um))
 
-# %% ../../nbs/77n_workflows.bench_chain.ipynb #2cb729f6
+# %% ../../nbs/77n_workflows.bench_chain.ipynb #1b0d4cb9
 def run_chain(
     count: int,  # Glomeruli, or a few more: fields are taken whole
     seed: int = 0,  # Of everything random
@@ -70,11 +71,11 @@ def run_chain(
             done += len(table)
         told["features"] += time.perf_counter() - begin
     glomeruli, begin = pd.concat(found, ignore_index=True), time.perf_counter()
-    ratings = rate(glomeruli["id"], glomeruli["swelling"], draw_panel(seed=seed), seed)
+    ratings = rate(glomeruli["id"].tolist(), glomeruli["swelling"].to_numpy(), draw_panel(seed=seed), seed)
     usable, _ = usable_features(pd.concat(features).set_index("id"))
     scores = grade_glomeruli(usable, glomeruli, ratings).scores
     told["grade"], begin = time.perf_counter() - begin, time.perf_counter()
-    known = calibrate(scores.assign(score=scores["id"].map(consensus(ratings))))
+    known = calibrate(scores.assign(score=consensus(ratings).reindex(scores["id"]).to_numpy()))
     effects = estimate_effect(scores, known, EffectPlan(permutations=999))
     told["effect"] = time.perf_counter() - begin
     told["all"] = sum(told.values())
@@ -84,7 +85,7 @@ def run_chain(
 def _told(count: int, seed: int) -> dict[str, float]:
     return run_chain(count, seed)[0]
 
-# %% ../../nbs/77n_workflows.bench_chain.ipynb #3e258c20
+# %% ../../nbs/77n_workflows.bench_chain.ipynb #1edea98a
 def slope(
     sizes: Sequence[float],  # Glomeruli
     values: Sequence[float],  # Seconds or MB
