@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['T', 'R', 'Mapper', 'Engine', 'ENGINES', 'ROUNDS', 'Cluster', 'map_here', 'local_engine', 'Headcount', 'dask_engine']
 
-# %% ../../nbs/74b_workflows.batch.ipynb #d7976a7e
+# %% ../../nbs/74b_workflows.batch.ipynb #ffe8550f
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from ..core.registry import EqError, Registry
 
-# %% ../../nbs/74b_workflows.batch.ipynb #45888ff5
+# %% ../../nbs/74b_workflows.batch.ipynb #ccd46f4c
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -56,7 +56,7 @@ def local_engine(
     "This process."
     yield map_here
 
-# %% ../../nbs/74b_workflows.batch.ipynb #79b2a554
+# %% ../../nbs/74b_workflows.batch.ipynb #4a4bf818
 ROUNDS = 5  # of hiring without a single worker, until it is called hopeless
 
 
@@ -89,7 +89,7 @@ class Headcount:
             self.hire(0 if self.rounds == 0 else self.wanted - alive)
         self.short_since, self.rounds = now, self.rounds + 1
 
-# %% ../../nbs/74b_workflows.batch.ipynb #dc0d2415
+# %% ../../nbs/74b_workflows.batch.ipynb #06d1aea8
 def _client(cluster: Cluster) -> Any:
     "A connection to a scheduler, started here if none is named."
     try:
