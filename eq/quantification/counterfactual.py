@@ -7,7 +7,7 @@ __all__ = ['VIEW_UM', 'TISSUE', 'CUT', 'BLUR_UM', 'DEPARTURES', 'LEAST_HELD', 'R
            'MEANINGS', 'View', 'view_of', 'redraw', 'likeness', 'departures', 'HealthyModel', 'calibrated',
            'counterfactual_measure', 'healthy_features', 'rank_correlation', 'added_agreement']
 
-# %% ../../nbs/57b_quantification.counterfactual.ipynb #ba054c41
+# %% ../../nbs/57b_quantification.counterfactual.ipynb #133cdbad
 # pandas' indexing returns what a type checker cannot follow
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ from ..core.results import Interval
 from .crop import FEATURES, Crop, Feature, Measure, density, register_measure
 from .lumen import RULE, find_parts
 
-# %% ../../nbs/57b_quantification.counterfactual.ipynb #8494a8a1
+# %% ../../nbs/57b_quantification.counterfactual.ipynb #8736e359
 VIEW_UM = 200.0  # Width of the window
 TISSUE = 0.5  # Shade of tissue; twice as dense is 1
 CUT = 0.02  # Share of the outline that may lie outside of the window
@@ -48,7 +48,8 @@ def _window(plane: np.ndarray, corner: tuple[int, int], width: int, side: int) -
     part = plane[max(0, top) : max(0, top + width), max(0, left) : max(0, left + width)]
     y, x = max(0, -top), max(0, -left)
     board[y : y + part.shape[0], x : x + part.shape[1]] = part
-    return cv2.resize(board, (side, side), interpolation=cv2.INTER_AREA if side < width else cv2.INTER_LINEAR)
+    small = cv2.resize(board, (side, side), interpolation=cv2.INTER_AREA if side < width else cv2.INTER_LINEAR)
+    return np.clip(small, 0, 1)  # sums of shares of 1 may round to a little more
 
 
 def view_of(
@@ -69,7 +70,7 @@ def view_of(
     corner = (top, left)
     return View(_window(shade.astype(np.float32), corner, width, side), _window(parts.tuft.astype(np.float32), corner, width, side) > 0.5)
 
-# %% ../../nbs/57b_quantification.counterfactual.ipynb #52271762
+# %% ../../nbs/57b_quantification.counterfactual.ipynb #62500218
 BLUR_UM = 8.0  # Wider than a capillary
 DEPARTURES = ("residual", "excess", "deficit", "mass")
 
@@ -111,7 +112,7 @@ def departures(
         rows.append((excess + deficit, excess, deficit, excess - deficit, likeness(view.shade, one)))
     return pd.DataFrame(rows, columns=[*DEPARTURES, "likeness"])
 
-# %% ../../nbs/57b_quantification.counterfactual.ipynb #7ecb0e06
+# %% ../../nbs/57b_quantification.counterfactual.ipynb #736691e4
 LEAST_HELD = 8  # Held-out healthy glomeruli without which nothing is said
 REPRODUCED = 0.5  # Median likeness of held-out healthy glomeruli below which nothing is said
 QUANTILE = 0.05  # Share of held-out healthy glomeruli below the limit
@@ -168,7 +169,7 @@ def calibrated(
         why = f"held-out healthy glomeruli have no departure ({usual}): there is no scale to measure by"
     return HealthyModel(network, side, usual, float(np.quantile(found["likeness"], QUANTILE)), len(held), why)
 
-# %% ../../nbs/57b_quantification.counterfactual.ipynb #0321de2b
+# %% ../../nbs/57b_quantification.counterfactual.ipynb #3b93b3aa
 FAMILY = "counterfactual"
 REFERENCE = (
     "pseudo-healthy redrawing by a reversed autoencoder: Bercea et al. 2023 (MIDL; MICCAI, arXiv 2303.08452), "
@@ -209,7 +210,7 @@ def healthy_features(
         for name in MEANINGS:
             del FEATURES._items[name]
 
-# %% ../../nbs/57b_quantification.counterfactual.ipynb #bc1d8cf2
+# %% ../../nbs/57b_quantification.counterfactual.ipynb #e6189319
 def _correlation(sums: np.ndarray) -> np.ndarray:
     "Pearson's correlation from sums of 1, x, y, xx, yy, xy; NaN where one of them does not vary."
     n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)

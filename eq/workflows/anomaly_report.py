@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['auroc_figure', 'best_network', 'network_gallery', 'anomaly_page', 'write_anomaly_report']
 
-# %% ../../nbs/75i_workflows.anomaly_report.ipynb #6cbd0940
+# %% ../../nbs/75i_workflows.anomaly_report.ipynb #06ca6227
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pandas as pd
 from matplotlib.figure import Figure as Canvas
 
 from ..core.config import AnomalyConfig
@@ -20,7 +21,7 @@ from ..reporting.render import Figure, Report, Section, Stat, write_report
 if TYPE_CHECKING:
     from eq.workflows.anomaly_judge import AnomalyReport, Verdict
 
-# %% ../../nbs/75i_workflows.anomaly_report.ipynb #62280a14
+# %% ../../nbs/75i_workflows.anomaly_report.ipynb #25ce1850
 def auroc_figure(
     verdicts: Sequence["Verdict"],  # One a contrast
     trained: Sequence[str],  # Names of the trained networks
@@ -59,7 +60,7 @@ def network_gallery(
     rows = ends_of_labels(found.scores, test.labels) if ends else None
     return gallery(found, test.images, [Path(n).name for n in test.names], test.labels, report.verdicts[0].scores[name].threshold, rows)
 
-# %% ../../nbs/75i_workflows.anomaly_report.ipynb #da55cbcd
+# %% ../../nbs/75i_workflows.anomaly_report.ipynb #97b499dd
 def anomaly_page(
     report: "AnomalyReport",  # From `eq.workflows.anomaly_judge.evaluate_anomaly`
     config: AnomalyConfig,  # What the networks were trained with
@@ -76,6 +77,8 @@ def anomaly_page(
     told += f"Thresholds are the {config.quantile:g} quantile of normal validation images."
     seen = report.witnesses[name].test
     sections = [
+        *([Section("Left out", table=pd.DataFrame({"what": [*report.left_out, *test.skipped], "why": [*report.left_out.values(), *test.skipped.values()]}))]
+          if report.left_out or test.skipped else []),
         Section("All detectors on the same images", told, (Figure(auroc_figure(report.verdicts, trained), "AUROC with 95 % intervals; blue: trained"),),
                 score_rows(report.verdicts)),
         Section("Differences", "Paired: both detectors on the same patients.", table=pair_rows(report.verdicts)),

@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['is_stream', 'patient_of', 'stream_normals']
 
-# %% ../../nbs/73ka_workflows.anomaly_stream.ipynb #da3d3a63
+# %% ../../nbs/73ka_workflows.anomaly_stream.ipynb #ee9c6a9e
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from ..core.config import AnomalyConfig
+from ..core.files import without_secrets
 from ..core.registry import EqError
 from ..data.grey import Grey, to_grey
 from ..data.stream import STREAMS, StreamPlan, open_stream
+from ..data.stream_origin import label_of
 
-# %% ../../nbs/73ka_workflows.anomaly_stream.ipynb #680eeb04
+# %% ../../nbs/73ka_workflows.anomaly_stream.ipynb #f9a9336c
 def is_stream(
     source: str,  # What stands after --source
 ) -> bool:  # An address, not a registered source, a CSV or a folder
@@ -41,12 +43,13 @@ def stream_normals(
     "Collects normal images and deals their patients. Raises EqError for what cannot be streamed, and for fewer than two patients."
     wanted = round(config.samples / (1 - config.validate_share))
     with open_stream(address, StreamPlan(seed=config.seed, limit=wanted, labels=(config.normal,), quiet=quiet)) as stream:
-        rows = [(to_grey(item.image, config.size, config.intensity), item.name) for item in stream]
+        other = {patient_of(e.name) for e in stream.origin.entries if label_of(e.name) != config.normal}
+        rows = [(to_grey(item.image, config.size, config.intensity), item.name) for item in stream if patient_of(item.name) not in other]
         told, skipped = stream.summary(), dict(stream.skipped)
     names, units = [n for _, n in rows], [patient_of(n) for _, n in rows]
     patients = sorted(set(units))
     if len(patients) < 2:
-        raise EqError(f"{address}: {len(patients)} patients among {len(rows)} images of {config.normal!r}; valid: two or more, one of them validates")
+        raise EqError(f"{without_secrets(address)}: {len(patients)} patients among {len(rows)} images of {config.normal!r}; valid: two or more, one of them validates")
     order = np.random.default_rng(config.seed).permutation(len(patients))
     held = {patients[i] for i in order[: max(1, round(config.validate_share * len(patients)))]}
     everything = Grey(np.stack([i for i, _ in rows]), (config.normal,) * len(rows), tuple(names), tuple(units), skipped)
