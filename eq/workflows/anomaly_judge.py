@@ -7,7 +7,7 @@ __all__ = ['STANDARD', 'EXPOSURE', 'Exam', 'make_exam', 'Witness', 'examine', 't
            'Verdict', 'pass_verdict', 'verdict_text', 'score_rows', 'pair_rows', 'AnomalyReport', 'read_networks',
            'evaluate_anomaly', 'command']
 
-# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #c696e98d
+# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #9933dd51
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,9 +31,10 @@ from ..inference.anomaly_metrics import AnomalyScores, Compared, auroc_above, de
 from ..models.baselines import BASELINES, Brightness, create_baseline
 from ..models.checkpoint import META, WEIGHTS, checkpoint_folder, load_checkpoint
 from ..models.normality import Findings
-from .anomaly_train import load_normals, pixel_hashes, split_normals, told_config
+from .anomaly_lesson import load_normals, pixel_hashes, split_normals
+from .anomaly_train import told_config
 
-# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #ccc45061
+# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #366ac3aa
 STANDARD = ("pca", "knn", "padim", "patchcore", "levels")  # baselines that are always beside
 EXPOSURE = {"exposure, either way": "either", "exposure, dark is ill": "darker", "exposure, bright is ill": "brighter"}
 
@@ -72,7 +73,7 @@ def make_exam(
         raise EqError(f"{split.test.name}: the test part holds {sorted(set(exam.test.labels))}; valid: {config.normal!r} and another label at least")
     return exam
 
-# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #0f0840b6
+# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #f5acec6a
 @dataclass(frozen=True)
 class Witness:
     "What one detector says of the images."
@@ -124,7 +125,7 @@ def examine_baselines(
             left_out[name] = str(error)
     return found, left_out
 
-# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #b9f3144a
+# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #e59003b9
 @dataclass(frozen=True)
 class Verdict:
     "Scores of all detectors for one contrast."
@@ -180,7 +181,7 @@ def verdict_text(
     picked = f" Both were picked as the best of {len(trained)} and {len(plain)} on these images, which interval and p do not know."
     return f"{lead}: {said}; difference {interval}, p = {test.p:.2g} (DeLong).{picked}"
 
-# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #2b54d12a
+# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #a4f4b52e
 def score_rows(
     verdicts: Sequence[Verdict],  # One a contrast
 ) -> pd.DataFrame:  # One row a detector and contrast
@@ -203,7 +204,7 @@ def pair_rows(
     return pd.DataFrame([{"contrast": v.contrast, "difference of AUROC": pair, "estimate": f"{i.estimate:+.3f} ({i.low:+.3f} to {i.high:+.3f})", "p (DeLong)": f"{t.p:.2g}"}
                          for v in verdicts for pair, (i, t) in v.pairs.items()])  # fmt: skip
 
-# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #6410b289
+# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #44fa5e0b
 @dataclass(frozen=True)
 class AnomalyReport:
     "What an evaluation leaves behind."
@@ -251,9 +252,8 @@ def evaluate_anomaly(
     if not models:
         raise EqError("no network to judge; give --model CHECKPOINT at least once")
     loaded, config = read_networks(models)
-    metas = [meta for _, meta in loaded.values()]
-    exam = make_exam(source if source is not None else metas[0].data["source"], config, quiet)
-    for meta in metas:
+    exam = make_exam(source if source is not None else next(iter(loaded.values()))[1].data["source"], config, quiet)
+    for _, meta in loaded.values():
         seen = {h for part in meta.data["pixels"].values() for h in part}
         if known := [n for n, h in zip(exam.test.names, pixel_hashes(exam.test), strict=True) if h in seen]:
             raise EqError(f"{len(known)} of {len(exam.test)} test images took part in training {meta.arch}, the first {known[0]}; judge on what was held out")
@@ -285,7 +285,7 @@ def _write(run: Run, report: AnomalyReport) -> None:
     scores = {v.contrast: {n: s.to_dict() for n, s in v.scores.items()} for v in report.verdicts}
     write_json(run.dir / "verdict.json", {"verdict": report.text, "scores": scores})
 
-# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #a87dd503
+# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #52dc2095
 def command(
     model: Annotated[list[Path], typer.Option(help="Checkpoint of `eq train anomaly`, one --model each")],
     source: Annotated[str | None, typer.Option(help="Registered source, cohort CSV or folder [default: what the networks were trained on]")] = None,
@@ -293,8 +293,7 @@ def command(
     baseline: Annotated[list[str] | None, typer.Option(help="Registered baseline, one --baseline each [default: " + ", ".join(STANDARD) + "]")] = None,
 ) -> None:
     "Compare networks that know normal images only with each other and with baselines that need no training."
-    for name in baseline or []:
-        _ = BASELINES[name]
+    _ = [BASELINES[name] for name in baseline or []]
     report = evaluate_anomaly(model, source, out, baseline or STANDARD)
     print(score_rows(report.verdicts).drop(columns=["sensitivity", "specificity", "MSE abnormal"]).to_string(index=False))
     print(report.text)

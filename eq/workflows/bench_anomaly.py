@@ -6,7 +6,7 @@
 __all__ = ['TRIED', 'PUBLISHED', 'Course', 'train_network', 'read_more', 'verdict_rows', 'one_seed', 'measure_cost', 'cost_rows',
            'summary', 'bench_anomaly']
 
-# %% ../../nbs/77o_workflows.bench_anomaly.ipynb #7a393336
+# %% ../../nbs/77o_workflows.bench_anomaly.ipynb #44a42d99
 import resource
 import time
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ from .anomaly_judge import Exam, Verdict, Witness, examine, examine_baselines, m
 from .anomaly_train import describe_autoencoder, fit_options
 from .bench import Row, Sitting, write_plot
 
-# %% ../../nbs/77o_workflows.bench_anomaly.ipynb #6045e8da
+# %% ../../nbs/77o_workflows.bench_anomaly.ipynb #f43fba84
 TRIED = ("l1", "ssim", "multiscale", "perceptual", "reversed")  # maps
 PUBLISHED = {"unet": (0.85, 0.90), "reversed": (0.80, 0.85)}  # AUROC that the authors expected
 
@@ -118,7 +118,7 @@ def one_seed(
     judged = pass_verdict(examine_baselines(plain, quiet=True)[0], plain, next(iter(plain.contrasts())), kept)
     return rows + verdict_rows(judged, f"_{judged.contrast}_exposure_kept", config.seed)
 
-# %% ../../nbs/77o_workflows.bench_anomaly.ipynb #7866b247
+# %% ../../nbs/77o_workflows.bench_anomaly.ipynb #1f965581
 def measure_cost(
     arch: str,  # A name from AUTOENCODERS
     config: AnomalyConfig,  # Its size and latent
@@ -158,10 +158,11 @@ def summary(
 ) -> pd.DataFrame:  # One row a detector: mean and standard deviation over seeds
     "One table for all."
     wanted = table[table["metric"].str.fullmatch(r"(auroc|auprc)_[^_]+|mse_[^_]+|auroc_.*_exposure_kept")].astype({"value": float})
-    found = wanted.groupby(["variant", "metric"])["value"].agg(["mean", "std"])
-    return found.apply(lambda r: f"{r['mean']:.3f}" + (f" ± {r['std']:.3f}" if r["std"] == r["std"] else ""), axis=1).unstack().fillna("")
+    found = wanted.groupby(["variant", "metric"])["value"].agg(["mean", "std"]).reset_index()
+    found["text"] = [f"{m:.3f}" + (f" ± {s:.3f}" if s == s else "") for m, s in zip(found["mean"], found["std"], strict=True)]
+    return found.pivot(index="variant", columns="metric", values="text").fillna("")
 
-# %% ../../nbs/77o_workflows.bench_anomaly.ipynb #6db5f133
+# %% ../../nbs/77o_workflows.bench_anomaly.ipynb #8efd7c31
 def bench_anomaly(
     sitting: Sitting,  # Where the rows go
     minutes: float | None = None,  # A network; None: two and a half times bench.minutes (20)
