@@ -7,7 +7,8 @@ __all__ = ['STANDARD', 'EXPOSURE', 'Exam', 'make_exam', 'Witness', 'examine', 't
            'Verdict', 'pass_verdict', 'verdict_text', 'score_rows', 'pair_rows', 'AnomalyReport', 'read_networks',
            'evaluate_anomaly', 'command']
 
-# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #9933dd51
+# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #33dec4ba
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from ..models.normality import Findings
 from .anomaly_lesson import load_normals, pixel_hashes, split_normals
 from .anomaly_train import told_config
 
-# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #366ac3aa
+# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #7563b1c3
 STANDARD = ("pca", "knn", "padim", "patchcore", "levels")  # baselines that are always beside
 EXPOSURE = {"exposure, either way": "either", "exposure, dark is ill": "darker", "exposure, bright is ill": "brighter"}
 
@@ -52,8 +53,8 @@ class Exam:
 
     def contrasts(self) -> dict[str, np.ndarray]:  # Label -> which test images take part
         "Normal against each other label, the commonest first."
-        labels = pd.Series(self.test.labels)
-        return {str(name): ((labels == name) | (labels == self.normal)).to_numpy() for name in labels[labels != self.normal].value_counts().index}
+        labels = np.array(self.test.labels, dtype=object)
+        return {n: (labels == n) | (labels == self.normal) for n, _ in Counter(labels[labels != self.normal]).most_common()}
 
 
 def make_exam(
@@ -73,7 +74,7 @@ def make_exam(
         raise EqError(f"{split.test.name}: the test part holds {sorted(set(exam.test.labels))}; valid: {config.normal!r} and another label at least")
     return exam
 
-# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #f5acec6a
+# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #14b556df
 @dataclass(frozen=True)
 class Witness:
     "What one detector says of the images."
@@ -125,7 +126,7 @@ def examine_baselines(
             left_out[name] = str(error)
     return found, left_out
 
-# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #e59003b9
+# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #e85df553
 @dataclass(frozen=True)
 class Verdict:
     "Scores of all detectors for one contrast."
@@ -181,7 +182,7 @@ def verdict_text(
     picked = f" Both were picked as the best of {len(trained)} and {len(plain)} on these images, which interval and p do not know."
     return f"{lead}: {said}; difference {interval}, p = {test.p:.2g} (DeLong).{picked}"
 
-# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #a4f4b52e
+# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #94529e07
 def score_rows(
     verdicts: Sequence[Verdict],  # One a contrast
 ) -> pd.DataFrame:  # One row a detector and contrast
@@ -204,7 +205,7 @@ def pair_rows(
     return pd.DataFrame([{"contrast": v.contrast, "difference of AUROC": pair, "estimate": f"{i.estimate:+.3f} ({i.low:+.3f} to {i.high:+.3f})", "p (DeLong)": f"{t.p:.2g}"}
                          for v in verdicts for pair, (i, t) in v.pairs.items()])  # fmt: skip
 
-# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #44fa5e0b
+# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #3f3a7a2b
 @dataclass(frozen=True)
 class AnomalyReport:
     "What an evaluation leaves behind."
@@ -228,6 +229,8 @@ def read_networks(
             raise EqError(f"{path} does not say which images it was trained on; valid: a checkpoint of `eq train anomaly`")
         same = sum(m.arch == meta.arch for _, m in loaded.values())
         loaded[meta.arch if not same else f"{meta.arch} {same + 1}"] = (network, meta)
+    if not loaded:
+        raise EqError("no network to judge; give --model CHECKPOINT at least once")
     configs = {name: AnomalyConfig.model_validate(meta.params["anomaly"]) for name, (_, meta) in loaded.items()}
     first = next(iter(configs.values()))
     for name, config in configs.items():
@@ -249,8 +252,6 @@ def evaluate_anomaly(
     "Judges networks and baselines. Raises EqError for networks of different kinds of training, and where a test image was trained on."
     from eq.workflows.anomaly_report import write_anomaly_report
 
-    if not models:
-        raise EqError("no network to judge; give --model CHECKPOINT at least once")
     loaded, config = read_networks(models)
     exam = make_exam(source if source is not None else next(iter(loaded.values()))[1].data["source"], config, quiet)
     for _, meta in loaded.values():
@@ -266,7 +267,7 @@ def evaluate_anomaly(
         witnesses |= more
         verdicts = [pass_verdict(witnesses, exam, label, config) for label in exam.contrasts()]
         report = AnomalyReport(run.dir, exam, witnesses, verdicts, verdict_text(verdicts[0], list(loaded)), left_out)
-        _write(run, report)
+        _write(run, report, exam.test)
         write_anomaly_report(report, config)
         [run.log.warning(f"baseline {name} left out: {why}") for name, why in left_out.items()]
         aurocs = {v.contrast: {n: s.auroc.to_dict() for n, s in v.scores.items()} for v in verdicts}
@@ -274,10 +275,9 @@ def evaluate_anomaly(
     return report
 
 
-def _write(run: Run, report: AnomalyReport) -> None:
+def _write(run: Run, report: AnomalyReport, test: Grey) -> None:
     "Tables: one row a detector, one row an image."
     tables = {"scores.csv": score_rows(report.verdicts), "pairs.csv": pair_rows(report.verdicts)}
-    test = report.exam.test
     tables["images.csv"] = pd.DataFrame({"image": test.names, "label": test.labels, "subject": test.units} | {n: w.test.scores for n, w in report.witnesses.items()})
     for name, table in tables.items():
         with atomic_write(run.dir / name) as temp:
@@ -285,7 +285,7 @@ def _write(run: Run, report: AnomalyReport) -> None:
     scores = {v.contrast: {n: s.to_dict() for n, s in v.scores.items()} for v in report.verdicts}
     write_json(run.dir / "verdict.json", {"verdict": report.text, "scores": scores})
 
-# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #52dc2095
+# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #b3b46d1f
 def command(
     model: Annotated[list[Path], typer.Option(help="Checkpoint of `eq train anomaly`, one --model each")],
     source: Annotated[str | None, typer.Option(help="Registered source, cohort CSV or folder [default: what the networks were trained on]")] = None,
