@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 config = ConfigParser(delimiters=["="])
 config.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
 cfg = config["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("dev", "export", "wsi", "ct", "cluster", "track", "wandb", "explain", "embed", "ddp")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("dev", "export", "wsi", "ct", "cluster", "track", "wandb", "explain", "embed", "ddp", "anomaly")}
 setup(
     name=cfg["lib_name"], version=cfg["version"], license="Apache-2.0", url=cfg["git_url"],
     description=cfg["description"], author=cfg["author"], author_email=cfg["author_email"],

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 EQ = Path(sys.executable).with_name("eq")
-VERBS = ("demo", "data", "train", "predict", "evaluate", "run", "bench", "models", "verify", "audit", "effect", "plan")
+VERBS = ("demo", "data", "train", "predict", "evaluate", "run", "bench", "models", "classify", "verify", "audit", "effect", "plan",
+         "train anomaly", "evaluate anomaly", "predict counterfactual")
 
 
 def eq(*args: object, **env: str) -> subprocess.CompletedProcess:
@@ -40,7 +41,7 @@ def test_python_m_eq_is_eq():
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_each_verb_shows_an_example(verb):
-    done = eq(verb, "--help")
+    done = eq(*verb.split(), "--help")
     assert done.returncode == 0, done.stderr
     assert "Examples:" in done.stdout and f"  eq {verb}" in done.stdout, done.stdout
     assert "Usage: eq " + verb in done.stdout

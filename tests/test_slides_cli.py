@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import psutil
 import pytest
 
 from eq.core.provenance import verify_run
@@ -17,6 +16,7 @@ from eq.core.results import CheckpointMeta, TileLedger
 from eq.data.io import write_ome_tiff, write_png
 from eq.models.checkpoint import save_checkpoint
 from eq.models.unet import create_unet
+from eq.workflows.bench_slide import workers_of
 
 META = CheckpointMeta(
     task="glom", arch="unet", encoder="tu-mobilenetv3_small_050", in_channels=3, classes=("glomerulus",), mean=(0.5,) * 3, std=(0.25,) * 3, scale=1.0,
@@ -83,18 +83,6 @@ def test_dask_gives_the_same_files(lab, local):
     done = run(lab, lab / "dask", "--engine", "dask", "--workers", "2")
     assert done.returncode == 1, done.stderr
     check_same(local, lab / "dask")
-
-
-def workers_of(pid: int) -> list[psutil.Process]:
-    "Worker processes that are alive and past their start."
-    found = []
-    for process in psutil.Process(pid).children(recursive=True):
-        try:
-            if "spawn_main" in " ".join(process.cmdline()) and process.num_threads() > 3:
-                found.append(process)
-        except psutil.Error:  # gone, or a zombie
-            continue
-    return found
 
 
 def test_killed_workers_lose_no_tile(lab, local, tmp_path):

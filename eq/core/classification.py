@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['BINS', 'LEAST_P', 'Statistic', 'SUMMED', 'checked_probabilities', 'confusion_matrix', 'auroc', 'reliability_table',
-           'expected_calibration_error', 'ClassScores', 'class_scores', 'auroc_interval', 'class_intervals']
+           'expected_calibration_error', 'ClassScores', 'class_scores', 'auroc_interval', 'class_intervals',
+           'accuracy_above']
 
-# %% ../../nbs/05e_core.classification.ipynb #25bb9eea
+# %% ../../nbs/05e_core.classification.ipynb #05365fd9
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,10 @@ from scipy.stats import rankdata
 
 from .ordinal import additive_interval
 from .registry import EqError
-from .resample import N_DRAWS, few_units_note
+from .resample import N_DRAWS, few_units_note, paired_bootstrap
 from .results import Interval, Measure, Result
 
-# %% ../../nbs/05e_core.classification.ipynb #dc181b7c
+# %% ../../nbs/05e_core.classification.ipynb #33142821
 def checked_probabilities(
     probabilities: np.ndarray,  # (N, C), rows sum to 1
     labels: Sequence[int] | np.ndarray,  # (N,) index of the true class
@@ -55,7 +56,7 @@ def auroc(
     n, m = int(yes.sum()), int((~yes).sum())
     return float((ranks[yes].sum() - n * (n + 1) / 2) / (n * m)) if n and m else float("nan")
 
-# %% ../../nbs/05e_core.classification.ipynb #d92ecce3
+# %% ../../nbs/05e_core.classification.ipynb #d5523b8d
 BINS = 10  # of the reliability table
 LEAST_P = 1e-15  # a probability of 0 would cost an infinite log loss
 
@@ -96,7 +97,7 @@ def _losses(p: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     squared = ((p - np.eye(p.shape[1])[y]) ** 2).sum(1)
     return -np.log(np.clip(p[np.arange(len(y)), y], LEAST_P, 1)), squared / 2 if p.shape[1] == 2 else squared
 
-# %% ../../nbs/05e_core.classification.ipynb #dc3c01e2
+# %% ../../nbs/05e_core.classification.ipynb #5c91a9c8
 @dataclass(frozen=True)
 class ClassScores(Result):
     "How good probabilities are. What a class that does not occur leaves without a value is NaN."
@@ -129,7 +130,7 @@ def _table(sums: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray, np.n
     table = sums[..., : classes**2].reshape(*sums.shape[:-1], classes, classes)
     return np.diagonal(table, axis1=-2, axis2=-1), table.sum(-2), table.sum(-1)
 
-# %% ../../nbs/05e_core.classification.ipynb #1888f841
+# %% ../../nbs/05e_core.classification.ipynb #c8b46f10
 Statistic = Callable[[np.ndarray, int], np.ndarray]  # sums (..., d) and number of classes to (...)
 
 
@@ -183,7 +184,7 @@ def class_scores(
     values = {name: float(statistic(sums, p.shape[1])) for name, statistic in SUMMED.items()}
     return ClassScores(classes=tuple(classes), images=len(p), auroc=_aurocs(p, y), confusion=counts, **values)
 
-# %% ../../nbs/05e_core.classification.ipynb #d83faa02
+# %% ../../nbs/05e_core.classification.ipynb #1a922f3a
 def _pairs(score: np.ndarray, yes: np.ndarray, codes: np.ndarray, units: int) -> np.ndarray:
     "(units, units): pairs that a positive of the row's unit wins against a negative of the column's, ties half."
     won = np.zeros((units, units))
@@ -229,3 +230,14 @@ def class_intervals(
     parts, c = _parts(p, y, BINS), p.shape[1]
     found = {name: additive_interval(parts, units, lambda sums, f=f: f(sums, c), n, seed=seed) for name, f in SUMMED.items()}
     return found | ({"auroc": auroc_interval(p[:, 1], y == 1, units, n, seed=seed)} if c == 2 else {})
+
+def accuracy_above(
+    probabilities: np.ndarray,  # (N, C) of one method
+    others: np.ndarray,  # (N, C) of the other, for the same images
+    labels: Sequence[int] | np.ndarray,  # (N,)
+    units: Sequence[Any] | np.ndarray,  # Unit of each image
+    n: int = N_DRAWS,  # Resamples
+) -> Interval:  # Accuracy of the one minus that of the other
+    "Paired: both methods on the same drawn units."
+    first, second = ((checked_probabilities(p, labels)[0].argmax(1) == np.asarray(labels)).astype(float) for p in (probabilities, others))
+    return paired_bootstrap(first, second, units, n)

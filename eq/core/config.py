@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NOT_KEYS', 'DataConfig', 'TrainConfig', 'TaskConfig', 'PredictConfig', 'EvaluateConfig', 'DemoConfig', 'BenchConfig',
-           'LogConfig', 'ClassifyPaths', 'ClassifyConfig', 'Config', 'load_config', 'describe']
+           'LogConfig', 'Config', 'load_config', 'describe']
 
-# %% ../../nbs/00_core.config.ipynb #6fd8a79f
+# %% ../../nbs/00_core.config.ipynb #0685ed7c
 import os
 from functools import cache
 from pathlib import Path
@@ -15,12 +15,13 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from .config_pictures import AnomalyConfig, ClassifyConfig
 from .files import plain
 from .paths import params_file, read_yaml
 from .registry import EqError, unknown_name
 from .results import Strict, invalid
 
-# %% ../../nbs/00_core.config.ipynb #c31ddebc
+# %% ../../nbs/00_core.config.ipynb #5460cd21
 class DataConfig(Strict):
     "Where images are and how they are read."
 
@@ -73,7 +74,7 @@ class PredictConfig(Strict):
     tile: int = Field(ge=64, multiple_of=32, description="Edge of a tile, pixels at the working resolution")
     overlap: int = Field(ge=0, description="Pixels that neighbouring tiles share and blend over")
 
-# %% ../../nbs/00_core.config.ipynb #9336195d
+# %% ../../nbs/00_core.config.ipynb #cb87d273
 class EvaluateConfig(Strict):
     "How predictions are scored."
 
@@ -93,7 +94,7 @@ class DemoConfig(Strict):
     min_dice: float = Field(ge=0, le=1, description="Exit with 1 below this Dice on unseen animals")
     seed: int = Field(ge=0, description="Seed of images and training")
 
-# %% ../../nbs/00_core.config.ipynb #a5941cdb
+# %% ../../nbs/00_core.config.ipynb #3bfe5f47
 class BenchConfig(Strict):
     "How benchmarks are run."
 
@@ -107,57 +108,7 @@ class LogConfig(Strict):
 
     level: Literal["debug", "info", "warning", "error"] = Field(description="Lowest level shown; the log file gets all")
 
-# %% ../../nbs/00_core.config.ipynb #21479c1b
-class ClassifyPaths(Strict):
-    "Where the pipeline of the classifier reads and writes, from the root of the checkout."
-
-    root_dir: Path = Field(description="Folder of everything that the pipeline makes")
-    source_url: str = Field(description="Zip over http(s), a Google Drive link, a zip file, a folder of class folders, or a registered source")
-    local_data_file: Path = Field(description="Where a downloaded archive is kept")
-    unzip_dir: Path = Field(description="Images, a folder a class")
-    base_model: Path = Field(description="Checkpoint of the network as it comes, with its own head")
-    updated_base_model: Path = Field(description="Checkpoint with the new head, before training")
-    trained_model: Path = Field(description="Checkpoint after training")
-    scores: Path = Field(description="Metrics of the evaluation, JSON")
-    plots: Path = Field(description="Curves, confusion matrix and calibration as CSV, for DVC's plots")
-
-
-class ClassifyConfig(Strict):
-    "How whole images are classified."
-
-    arch: str = Field(description="Registered classifier, or tu-NAME for a network of timm")
-    weights: str = Field(description="imagenet, none, or a safetensors file")
-    include_top: bool = Field(description="Keep the head of the thousand ImageNet classes (only for looking at it; training needs false)")
-    image_size: tuple[int, int, int] = Field(description="Height, width, channels; height and width agree")
-    classes: int = Field(ge=2, description="Number of classes; the folders must agree")
-    batch_size: int = Field(ge=1, description="Images a step")
-    epochs: int = Field(ge=1, description="Passes over the training images, where minutes is null")
-    minutes: float | None = Field(gt=0, description="Training time; null goes by epochs")
-    learning_rate: float = Field(gt=0, description="Highest learning rate")
-    optimiser: str = Field(description="Registered optimiser")
-    momentum: float = Field(ge=0, lt=1, description="Of SGD")
-    schedule: str = Field(description="Registered course of the learning rate")
-    dropout: float = Field(ge=0, lt=1, description="In the head")
-    freeze: str = Field(description="features, none, or until:SHARE of the run")
-    augmentation: bool = Field(description="Rotate by 40 degrees, flip, shift by 0.2, scale 0.8-1.2")
-    mixup: float = Field(ge=0, description="Alpha of mixup; 0 is off")
-    cutmix: float = Field(ge=0, description="Alpha of CutMix; 0 is off")
-    label_smoothing: float = Field(ge=0, lt=1, description="Share of each label that goes to the other classes")
-    weight_decay: float = Field(ge=0, description="L2")
-    l1: float = Field(ge=0, description="L1 penalty on the weights")
-    class_weights: bool = Field(description="Rare classes count more")
-    patience: int = Field(ge=0, description="Stop after this many epochs without a better validation loss; 0 never stops early")
-    body: bool = Field(description="Cut slices to the body, so that table, frame and size do not tell the class")
-    scheme: str | None = Field(description="Split scheme; null takes the source's own, else grouped folds")
-    fold: int = Field(ge=0, description="The fold that is tested")
-    seed: int = Field(ge=0, description="Seed of split, weights and augmentation")
-    tracker: str = Field(description="Registered tracker: none, mlflow or wandb")
-    experiment: str = Field(description="Name under which runs are tracked")
-    source_sha256: str = Field(pattern="^([0-9a-fA-F]{64})?$", description="SHA-256 of the zip behind paths.source_url; empty where nobody knows it")
-    tracking_uri: str = Field(description="Server or store of the tracker; empty: outputs/mlflow.db, or the service that wandb knows")
-    paths: ClassifyPaths
-
-
+# %% ../../nbs/00_core.config.ipynb #2304a9b2
 class Config(Strict):
     "Everything in params.yaml."
 
@@ -170,10 +121,11 @@ class Config(Strict):
     evaluate: EvaluateConfig
     demo: DemoConfig
     classify: ClassifyConfig
+    anomaly: AnomalyConfig
     bench: BenchConfig
     log: LogConfig
 
-# %% ../../nbs/00_core.config.ipynb #b30d411a
+# %% ../../nbs/00_core.config.ipynb #10d85d03
 NOT_KEYS = {"EQ__MODE", "EQ__OUTPUTS"}  # variables of eq that stand for no key of a section
 
 
@@ -215,7 +167,7 @@ def _from_environment() -> dict[str, Any]:
             found[key] = text if key == "data.root" else yaml.safe_load(text)  # a folder may be called 2026
     return found
 
-# %% ../../nbs/00_core.config.ipynb #a27c30b6
+# %% ../../nbs/00_core.config.ipynb #f795d77d
 def _read_params(path: Path) -> dict[str, Any]:
     "A YAML file that holds sections. Raises EqError naming the file."
     values = read_yaml(path)
@@ -223,7 +175,7 @@ def _read_params(path: Path) -> dict[str, Any]:
         raise EqError(f"{path} holds no sections; valid: {_valid_keys(())}")
     return values
 
-# %% ../../nbs/00_core.config.ipynb #39359573
+# %% ../../nbs/00_core.config.ipynb #24c41464
 def load_config(
     path: str | Path | None = None,  # A params.yaml; default is the one of the checkout
     mode: str | None = None,  # development, production or debug; default is EQ__MODE, then what the file says
@@ -247,7 +199,7 @@ def load_config(
     except ValidationError as e:
         raise invalid(e, file.name, _valid_keys) from e
 
-# %% ../../nbs/00_core.config.ipynb #9f5450c4
+# %% ../../nbs/00_core.config.ipynb #4cf08db7
 @cache
 def _documented(place: tuple[str, ...]) -> str:
     "What a key means."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'LOG', 'LOCK', 'Record', 'Run', 'claim_folder', 'start_run', 'BrokenLink', 'Verification', 'verify_run']
 
-# %% ../../nbs/06_core.provenance.ipynb #cb6706ae
+# %% ../../nbs/06_core.provenance.ipynb #9943fe1d
 import json
 import os
 import shlex
@@ -17,12 +17,12 @@ from types import TracebackType
 from typing import IO, Any, NamedTuple, Self
 
 from .environment import code_version, environment
-from .files import TEMP_PREFIX, list_files, plain, read_json, sha256_bytes, sha256_path, write_error, write_json
+from .files import TEMP_PREFIX, list_files, plain, read_json, sha256_bytes, sha256_path, without_secrets, write_error, write_json
 from .logs import Logger, read_log
 from .paths import data_root, find_repo, new_run_dir
 from .registry import EqError
 
-# %% ../../nbs/06_core.provenance.ipynb #092b34ca
+# %% ../../nbs/06_core.provenance.ipynb #b6828e56
 MANIFEST = "manifest.json"  # written last; a folder without it is not a finished run
 LOG = "log.jsonl"  # what happened, one JSON object a line
 
@@ -49,7 +49,7 @@ def _find_input(entry: dict[str, Any], run_dir: Path) -> Path:
     here = root / entry["relative"] if root else None
     return here if here and here.exists() else Path(entry["path"])
 
-# %% ../../nbs/06_core.provenance.ipynb #87c14938
+# %% ../../nbs/06_core.provenance.ipynb #e382cb2a
 def _seal(manifest: dict[str, Any]) -> str:
     "SHA-256 of a manifest without its seal, keys sorted."
     content = {k: v for k, v in manifest.items() if k != "seal"}
@@ -64,9 +64,9 @@ def _now() -> str:
 def _command() -> str:
     "The command line of this process; a notebook kernel's own is of no use to a reader."
     program = Path(sys.argv[0]).name
-    return "(notebook)" if "kernel" in program else shlex.join([program, *sys.argv[1:]])
+    return "(notebook)" if "kernel" in program else without_secrets(shlex.join([program, *sys.argv[1:]]))
 
-# %% ../../nbs/06_core.provenance.ipynb #65ee17f1
+# %% ../../nbs/06_core.provenance.ipynb #d31f2bcc
 class Record:
     "What is known about a run so far."
 
@@ -101,7 +101,7 @@ class Record:
         "Note results; they end up in the manifest."
         self.metrics |= plain(metrics)
 
-# %% ../../nbs/06_core.provenance.ipynb #f4a71000
+# %% ../../nbs/06_core.provenance.ipynb #749dc004
 def _manifest(run: Record, error: str | None) -> dict[str, Any]:
     "Everything about a run and the files in its folder, sealed."
     made = [p for p in list_files(run.dir) if p != run.dir / MANIFEST]
@@ -144,7 +144,7 @@ class Run(Record):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         _close(self, error)
 
-# %% ../../nbs/06_core.provenance.ipynb #1867a467
+# %% ../../nbs/06_core.provenance.ipynb #d89a6f64
 def _close(run: Run, error: BaseException | None) -> None:
     "Finish a run with the status that its error asks for."
     well = error is None or (isinstance(error, SystemExit) and error.code in (None, 0))
@@ -162,7 +162,7 @@ def _close(run: Run, error: BaseException | None) -> None:
     finally:
         run.release()
 
-# %% ../../nbs/06_core.provenance.ipynb #a28be2e9
+# %% ../../nbs/06_core.provenance.ipynb #d0cf1f40
 def _resume_dir(name: str, folder: Path) -> Path:
     "Check that a folder was begun by a run of this name."
     began = [r for r in read_log(folder / LOG) if r["message"] == "run started"] if (folder / LOG).is_file() else []
@@ -177,7 +177,7 @@ def _resume_dir(name: str, folder: Path) -> Path:
         (folder / LOG).write_text(text[: text.rfind("\n") + 1], encoding="utf-8", newline="\n")
     return folder
 
-# %% ../../nbs/06_core.provenance.ipynb #f5c7c36f
+# %% ../../nbs/06_core.provenance.ipynb #b2d863e3
 LOCK = f"{TEMP_PREFIX}run.lock"
 
 
@@ -205,7 +205,7 @@ def claim_folder(
         raise EqError(f"another process is at work in {folder}; wait for it, or end it") from error
     return held
 
-# %% ../../nbs/06_core.provenance.ipynb #5790410a
+# %% ../../nbs/06_core.provenance.ipynb #eb14f3c7
 def start_run(
     name: str,  # What runs, for example "predict"
     out: str | Path | None = None,  # New or empty folder; default is <outputs>/<time>-<name>
@@ -226,7 +226,7 @@ def start_run(
     run.log.debug("run started", run=name, resumed=going_on, command=run.command)
     return run
 
-# %% ../../nbs/06_core.provenance.ipynb #275248b6
+# %% ../../nbs/06_core.provenance.ipynb #8f78d3f2
 class BrokenLink(NamedTuple):
     "A hash that is not what the manifest says."
 
@@ -246,7 +246,7 @@ class Verification(NamedTuple):
     broken: list[BrokenLink]  # First broken link first
     notes: list[str]  # What is not an error but worth knowing
 
-# %% ../../nbs/06_core.provenance.ipynb #1031ffa4
+# %% ../../nbs/06_core.provenance.ipynb #c666e33e
 def _check(what: str, path: Path, expected: str) -> BrokenLink | None:
     "Recompute one hash."
     try:
@@ -265,7 +265,7 @@ def _notes(manifest: dict[str, Any], folder: Path) -> list[str]:
     extra = [p.relative_to(folder).as_posix() for p in list_files(folder)]
     return notes + [f"not in the manifest: {name}" for name in extra if name not in listed and name != MANIFEST]
 
-# %% ../../nbs/06_core.provenance.ipynb #1e5c2ac4
+# %% ../../nbs/06_core.provenance.ipynb #ea1f43a1
 def verify_run(
     folder: str | Path,  # A run folder
 ) -> Verification:  # ok, checked, broken, notes

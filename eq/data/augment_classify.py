@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['ct_slice', 'augment_picture']
 
-# %% ../../nbs/15d_data.augment_classify.ipynb #83e4fe95
-from functools import cache
-
+# %% ../../nbs/15d_data.augment_classify.ipynb #9f71d1e7
 import albumentations as A
 import cv2
 import numpy as np
 
-from .augment import AUGMENTS
+from .augment import AUGMENTS, composed
 
-# %% ../../nbs/15d_data.augment_classify.ipynb #2ca9a8be
+# %% ../../nbs/15d_data.augment_classify.ipynb #53d266c9
 @AUGMENTS.register("ct")
 def ct_slice() -> list:  # Albumentations transforms
     "Rotation by up to 40 degrees, shift by up to 0.2 of the side, zoom 0.8 to 1.2, mirror; black where nothing is known."
@@ -23,18 +21,12 @@ def ct_slice() -> list:  # Albumentations transforms
     return [A.HorizontalFlip(p=0.5), move]
 
 
-@cache
-def _composed(recipe: str) -> A.Compose:
-    "Built once a recipe; its random state is set anew at every call."
-    return A.Compose(AUGMENTS[recipe]())
-
-
 def augment_picture(
     image: np.ndarray,  # (H, W, 3) uint8
     recipe: str,  # A name from `eq.data.augment.AUGMENTS`; "none" changes nothing
     seed: int,  # The only source of randomness
 ) -> np.ndarray:  # (H, W, 3) uint8
     "Applies a named recipe to a picture. Raises EqError for an unknown recipe."
-    pipeline = _composed(recipe)
+    pipeline = composed(recipe)
     pipeline.set_random_seed(seed)
     return pipeline(image=image)["image"]

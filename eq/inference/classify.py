@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['View', 'VIEWS', 'PART', 'BATCH', 'DONE', 'REFUSED', 'FAILED', 'FILES', 'check_pictures', 'Classifier', 'softmax',
-           'Predictor', 'Ensemble', 'Doorkeeper', 'predict_files']
+           'Predictor', 'Ensemble', 'Doorkeeper', 'read_for', 'predict_files']
 
-# %% ../../nbs/41c_inference.classify.ipynb #1d0b08bf
+# %% ../../nbs/41c_inference.classify.ipynb #56213278
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..data.pictures import read_picture
 from ..models.checkpoint import checkpoint_folder, load_checkpoint
 from ..models.forward import to_input
 
-# %% ../../nbs/41c_inference.classify.ipynb #588f1965
+# %% ../../nbs/41c_inference.classify.ipynb #e50fc377
 View = Callable[[torch.Tensor], torch.Tensor]  # (N, C, S, S) to the same shape
 VIEWS: Registry[tuple[View, ...]] = Registry("test-time averaging")
 PART = 7 / 8  # of the side, in the views of `five`
@@ -48,7 +48,7 @@ VIEWS.register("none")((lambda x: x,))
 VIEWS.register("flip")((lambda x: x, lambda x: x.flip(3)))
 VIEWS.register("five")(tuple(_crop(*at) for at in ((0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5))))
 
-# %% ../../nbs/41c_inference.classify.ipynb #6488a477
+# %% ../../nbs/41c_inference.classify.ipynb #1da261c0
 BATCH = 32  # pictures at once; fewer when memory runs out
 
 
@@ -127,7 +127,7 @@ def softmax(
     raised = np.exp(np.asarray(logits, np.float64) - np.max(logits, -1, keepdims=True, initial=-np.inf))
     return raised / raised.sum(-1, keepdims=True)
 
-# %% ../../nbs/41c_inference.classify.ipynb #9f4c9ffe
+# %% ../../nbs/41c_inference.classify.ipynb #188b9ec7
 class Predictor(Protocol):
     "Whatever turns pictures into chances: one network, or several."
 
@@ -171,7 +171,7 @@ class Ensemble:
         "The mean of what the members say."
         return np.stack([m.probabilities(images, tta, batch_size) for m in self.members]).mean(0, dtype=np.float64).astype(np.float32)
 
-# %% ../../nbs/41c_inference.classify.ipynb #b2d72784
+# %% ../../nbs/41c_inference.classify.ipynb #885b969c
 DONE, REFUSED, FAILED = "done", "refused", "failed"
 FILES = 16  # read and classified together: what is held does not grow with the list
 
@@ -187,12 +187,20 @@ class Doorkeeper(Protocol):
         ...
 
 
+def read_for(
+    path: Path | str,  # An image file
+    meta: CheckpointMeta,  # Of the classifier that is to see it
+) -> np.ndarray:  # (side, side, 3) uint8, cut to the body where training did so
+    "A picture as the network was trained on them. Raises EqError for a file that cannot be read."
+    return read_picture(path, meta.tile, bool(meta.params.get("body", True)))
+
+
 def _read(paths: Sequence[Path | str], meta: CheckpointMeta) -> list[np.ndarray | EqError]:
     "Each file as the network sees it, or why not."
     read: list[np.ndarray | EqError] = []
     for path in paths:
         try:
-            read.append(read_picture(path, meta.tile, bool(meta.params.get("body", True))))
+            read.append(read_for(path, meta))
         except EqError as error:
             read.append(error)
     return read
@@ -206,7 +214,7 @@ def _timed(predictor: Predictor, images: np.ndarray, tta: str, warm: bool) -> tu
     p = predictor.probabilities(images, tta, len(images))
     return p, 1000 * (perf_counter() - began) / len(images)
 
-# %% ../../nbs/41c_inference.classify.ipynb #8a097750
+# %% ../../nbs/41c_inference.classify.ipynb #d9c2527f
 def predict_files(
     classifier: Predictor,  # A Classifier or an Ensemble
     paths: Sequence[Path | str],  # Files of any format that eq reads

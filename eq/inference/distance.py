@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['Distance', 'DISTANCES', 'FOLDS', 'LEAST_IMAGES', 'LEAST_RANGE', 'knn_distance', 'mahalanobis_distance', 'by_image',
-           'cross_distances', 'Limits', 'limits_of']
+           'cross_distances', 'Limits', 'limits_of', 'load_bank', 'evenly']
 
-# %% ../../nbs/45b_inference.distance.ipynb #d0696bce
+# %% ../../nbs/45b_inference.distance.ipynb #fdc0d681
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from sklearn.covariance import ledoit_wolf
 
 from ..core.registry import EqError, Registry
+from ..models.checkpoint import load_tensors
 
-# %% ../../nbs/45b_inference.distance.ipynb #3c2acbb7
+# %% ../../nbs/45b_inference.distance.ipynb #bcca72f1
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]  # bank (n, D), rows (m, D) -> (m,), larger is farther
 DISTANCES: Registry[Distance] = Registry("distance")
 
@@ -56,7 +58,7 @@ def mahalanobis_distance(
     away = rows - centre
     return np.sqrt(np.maximum((away * np.linalg.solve(covariance, away.T).T).sum(1), 0))
 
-# %% ../../nbs/45b_inference.distance.ipynb #7f85b31f
+# %% ../../nbs/45b_inference.distance.ipynb #9e610d1c
 FOLDS = 10
 
 
@@ -84,7 +86,7 @@ def cross_distances(
         found[fold == f] = DISTANCES[distance](bank[fold != f], bank[fold == f])
     return by_image(found, image)
 
-# %% ../../nbs/45b_inference.distance.ipynb #86019851
+# %% ../../nbs/45b_inference.distance.ipynb #5a53c81f
 LEAST_IMAGES = 8  # fewer say nothing about a tail
 LEAST_RANGE = 0.1  # interquartile range of the logarithm; less is called uniform
 
@@ -108,3 +110,22 @@ def limits_of(
     low, high = np.quantile(np.log(usual), [0.25, 0.75])
     fence = float(np.exp(high + 3 * max(high - low, LEAST_RANGE)))
     return Limits(wider, max(fence, wider) if len(usual) >= LEAST_IMAGES else float("inf"))
+
+# %% ../../nbs/45b_inference.distance.ipynb #19977ac0
+def load_bank(
+    path: Path,  # Safetensors with one table called bank
+    sha256: str,  # That it was written with
+) -> np.ndarray:  # (n, D) float32
+    "Embeddings of training images. Raises EqError for a file that is damaged or holds something else."
+    tensors = load_tensors(path, sha256)
+    if list(tensors) != ["bank"] or tensors["bank"].ndim != 2:
+        raise EqError(f"{path} holds {sorted(tensors)}; expected one table 'bank'")
+    return tensors["bank"].float().numpy()
+
+
+def evenly(
+    total: int,  # How many there are
+    most: int,  # How many are wanted
+) -> np.ndarray:  # Rising positions, at most `most` of them
+    "Some of many, evenly over all of them."
+    return np.unique(np.linspace(0, total - 1, min(total, most)).astype(int))

@@ -7,7 +7,7 @@ __all__ = ['BANK', 'REFERENCE', 'GATE_STAGES', 'MOST_IMAGES', 'FEW_GROUPS', 'ACC
            'COARSE_PX', 'Finding', 'GateReference', 'Gate', 'fit_gate', 'load_gate', 'Admission', 'px_findings',
            'distance_findings', 'quality_findings', 'admit']
 
-# %% ../../nbs/45_inference.gate.ipynb #7f447dae
+# %% ../../nbs/45_inference.gate.ipynb #cb3a901e
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,13 +24,13 @@ from ..data.io import Image
 from ..data.quality import FIGURES, Reference, judge, measure_quality, quality_table, reference_of
 from ..data.quality import REFUSE as BAD_QUALITY
 from ..data.quality import WARN as DOUBTFUL_QUALITY
-from .distance import DISTANCES, by_image, cross_distances, limits_of
+from .distance import DISTANCES, by_image, cross_distances, evenly, limits_of, load_bank
 from .embed import Encoder, embed_crops
 from .glance import as_trained, embed_cohort, gate_windows
 from .working import MAX_RATIO
-from ..models.checkpoint import checkpoint_folder, load_tensors, save_tensors
+from ..models.checkpoint import checkpoint_folder, save_tensors
 
-# %% ../../nbs/45_inference.gate.ipynb #f16705ba
+# %% ../../nbs/45_inference.gate.ipynb #a07232ac
 BANK, REFERENCE = "gate.safetensors", "gate.json"
 GATE_STAGES = (-4, -3, -2)  # of the encoder; see below
 MOST_IMAGES = 200  # of the training images, evenly over the table; more make the gate slower, not better
@@ -79,10 +79,10 @@ class Gate:
         rows = embed_crops(self.encoder, gate_windows(image, self.encoder.meta))
         return float(by_image(DISTANCES[self.reference.distance](self.bank, rows), np.zeros(len(rows), int))[0])
 
-# %% ../../nbs/45_inference.gate.ipynb #6a9cad63
+# %% ../../nbs/45_inference.gate.ipynb #83c253ba
 def _some(cohort: Cohort) -> Cohort:
     "At most MOST_IMAGES, evenly over the table."
-    return cohort.subset(np.unique(np.linspace(0, len(cohort) - 1, min(len(cohort), MOST_IMAGES)).astype(int)))
+    return cohort.subset(evenly(len(cohort), MOST_IMAGES))
 
 
 def _usual(cohort: Cohort, bank: np.ndarray, image: np.ndarray, distance: str) -> tuple[np.ndarray, str]:
@@ -92,7 +92,7 @@ def _usual(cohort: Cohort, bank: np.ndarray, image: np.ndarray, distance: str) -
         return np.empty(0), unit
     return cross_distances(bank, image, cohort.table[unit].astype(str).tolist(), distance), unit
 
-# %% ../../nbs/45_inference.gate.ipynb #3ba37043
+# %% ../../nbs/45_inference.gate.ipynb #d20b2173
 def fit_gate(
     checkpoint: Path | str,  # A checkpoint folder; the gate is written into it
     train: Cohort,  # The images that it was trained on
@@ -134,12 +134,9 @@ def load_gate(
     encoder = Encoder.from_checkpoint(folder, device, reference.stages)
     if reference.weights_sha256 != encoder.meta.weights_sha256:
         raise EqError(f"{folder / REFERENCE} was made for other weights than lie beside it; fit the gate again, or remove {REFERENCE}")
-    tensors = load_tensors(folder / BANK, reference.bank_sha256)
-    if list(tensors) != ["bank"] or tensors["bank"].ndim != 2:
-        raise EqError(f"{folder / BANK} holds {sorted(tensors)}; expected one table 'bank'")
-    return Gate(reference, encoder, tensors["bank"].float().numpy())
+    return Gate(reference, encoder, load_bank(folder / BANK, reference.bank_sha256))
 
-# %% ../../nbs/45_inference.gate.ipynb #3e2407c9
+# %% ../../nbs/45_inference.gate.ipynb #97f89c39
 ACCEPT, WIDER, REFUSE, NO_GATE = "accept", "accept-wider", "refuse", "no-gate"
 SAME_PX, COARSE_PX = 1.5, 2.0  # ratio of pixel sizes that is no matter; pixels this many times a working pixel are too coarse
 Finding = tuple[str, str]  # a verdict and its reason
@@ -171,7 +168,7 @@ def px_findings(
         return [(REFUSE, f"{text}: {ratio / meta.scale:.1f} times as coarse as the network works at")]
     return [(WIDER, text)] if not 1 / SAME_PX <= ratio <= SAME_PX else []
 
-# %% ../../nbs/45_inference.gate.ipynb #62cff4d3
+# %% ../../nbs/45_inference.gate.ipynb #089423a6
 def distance_findings(
     reference: GateReference,  # Of the checkpoint
     distance: float,  # Of the image

@@ -6,7 +6,7 @@
 __all__ = ['BANK', 'REFERENCE', 'MOST_PICTURES', 'FEW_UNITS', 'PictureReference', 'PictureGate', 'gate_layers',
            'fit_picture_gate', 'load_picture_gate']
 
-# %% ../../nbs/45c_inference.picture_gate.ipynb #c4c6eef4
+# %% ../../nbs/45c_inference.picture_gate.ipynb #c882e0e8
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,12 @@ from ..core.registry import EqError
 from ..core.results import Result
 from ..data.pictures import Pictures
 from .classify import Classifier
-from .distance import DISTANCES, cross_distances, limits_of
+from .distance import DISTANCES, cross_distances, evenly, limits_of, load_bank
 from .picture_features import embed_pictures, stage_names
-from ..models.checkpoint import checkpoint_folder, load_tensors, save_tensors
+from ..models.checkpoint import checkpoint_folder, save_tensors
 from ..models.classifier import classifier_family
 
-# %% ../../nbs/45c_inference.picture_gate.ipynb #9576931f
+# %% ../../nbs/45c_inference.picture_gate.ipynb #fc3eaacd
 BANK, REFERENCE = "picture_gate.safetensors", "picture_gate.json"
 MOST_PICTURES = 1000  # of the training pictures, evenly over the list
 FEW_UNITS = 5  # fewer units are not left out whole, or hardly anything would be left
@@ -73,7 +73,7 @@ class PictureGate:
                for d in self.distances(images)]  # fmt: skip
         return ["blank: every pixel has one value" if empty else why for empty, why in zip(blank, far, strict=True)]
 
-# %% ../../nbs/45c_inference.picture_gate.ipynb #e28beee3
+# %% ../../nbs/45c_inference.picture_gate.ipynb #668a1583
 def _usual(bank: np.ndarray, units: tuple[str, ...], distance: str) -> tuple[np.ndarray, str]:
     "Distances of training pictures to one another, and what was left out each time."
     whole = len(set(units)) >= FEW_UNITS
@@ -101,7 +101,7 @@ def fit_picture_gate(
     "Embeds the pictures and writes picture_gate.safetensors, then picture_gate.json. Raises EqError where nothing is left to compare with."
     folder = checkpoint_folder(checkpoint)
     classifier = Classifier.from_checkpoint(folder, device)
-    some = train.pick(np.unique(np.linspace(0, len(train) - 1, min(len(train), MOST_PICTURES)).astype(int))) if len(train) else train
+    some = train.pick(evenly(len(train), MOST_PICTURES)) if len(train) else train
     layers = gate_layers(classifier)
     bank = embed_pictures(classifier, some.images, layers)
     usual, left_out = _usual(bank, some.units, distance)
@@ -124,16 +124,14 @@ def fit_picture_gate(
 def load_picture_gate(
     checkpoint: Path | str,  # A checkpoint folder, or a file in it
     device: str = "auto",  # auto, cuda, cuda:N, mps or cpu
+    classifier: Classifier | None = None,  # The checkpoint's own, where it is loaded already; VGG16 is half a gigabyte
 ) -> PictureGate | None:  # None for a checkpoint without a gate
     "Reads a gate. Raises EqError for one that is damaged, or was made for other weights."
     folder = checkpoint_folder(checkpoint)
     if not (folder / REFERENCE).is_file():
         return None
     reference = PictureReference.from_dict(read_json(folder / REFERENCE))
-    classifier = Classifier.from_checkpoint(folder, device)
+    classifier = classifier or Classifier.from_checkpoint(folder, device)
     if reference.weights_sha256 != classifier.meta.weights_sha256:
         raise EqError(f"{folder / REFERENCE} was made for other weights than lie beside it; fit the gate again, or remove {REFERENCE}")
-    tensors = load_tensors(folder / BANK, reference.bank_sha256)
-    if list(tensors) != ["bank"] or tensors["bank"].ndim != 2:
-        raise EqError(f"{folder / BANK} holds {sorted(tensors)}; expected one table 'bank'")
-    return PictureGate(reference, classifier, tensors["bank"].float().numpy())
+    return PictureGate(reference, classifier, load_bank(folder / BANK, reference.bank_sha256))

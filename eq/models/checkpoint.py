@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'META', 'PICKLES', 'NETWORKS', 'save_tensors', 'save_checkpoint', 'read_meta', 'refuse_pickle',
-           'checkpoint_folder', 'load_tensors', 'classifier_of', 'segmenter_of', 'load_checkpoint', 'fill']
+           'checkpoint_folder', 'load_tensors', 'classifier_of', 'autoencoder_of', 'segmenter_of', 'load_checkpoint',
+           'fill']
 
-# %% ../../nbs/21_models.checkpoint.ipynb #6f43bd45
+# %% ../../nbs/21_models.checkpoint.ipynb #52a187c7
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,12 @@ from torch import nn
 from ..core.files import atomic_write, read_json, sha256_file, write_json
 from ..core.registry import EqError, Registry
 from ..core.results import CheckpointMeta
+from .autoencoder import create_autoencoder
+from .baselines import BASELINES, baseline_of
 from .classifier import create_classifier
 from .unet import create_unet
 
-# %% ../../nbs/21_models.checkpoint.ipynb #ad0e6ba7
+# %% ../../nbs/21_models.checkpoint.ipynb #0a9a6c15
 WEIGHTS, META = "model.safetensors", "model.json"
 
 
@@ -48,7 +51,7 @@ def save_checkpoint(
     write_json(folder / META, meta.to_dict())
     return meta
 
-# %% ../../nbs/21_models.checkpoint.ipynb #7884d10c
+# %% ../../nbs/21_models.checkpoint.ipynb #1224d467
 def read_meta(
     folder: Path | str,  # A checkpoint folder, or its model.json or model.safetensors
 ) -> CheckpointMeta:  # The description
@@ -99,7 +102,7 @@ def load_tensors(
     except SafetensorError as error:
         raise EqError(f"{path}: not a safetensors file ({error})") from error
 
-# %% ../../nbs/21_models.checkpoint.ipynb #667d6bf0
+# %% ../../nbs/21_models.checkpoint.ipynb #0f893219
 NETWORKS: Registry[Callable[[CheckpointMeta], nn.Module]] = Registry("task")
 
 
@@ -111,13 +114,26 @@ def classifier_of(
     return create_classifier(meta.arch, meta.in_channels, len(meta.classes), dropout=float(meta.params.get("dropout", 0.5)))
 
 
+@NETWORKS.register("anomaly")
+def autoencoder_of(
+    meta: CheckpointMeta,  # task "anomaly"; params["network"] holds latent and width
+) -> nn.Module:  # Random weights
+    "The autoencoder, or the baseline, that a description speaks of. Raises EqError when its size is not told."
+    if meta.arch in BASELINES:
+        return baseline_of(meta)
+    network = meta.params.get("network")
+    if not isinstance(network, dict) or not {"latent", "width"} <= set(network):
+        raise EqError(f"checkpoint params.network = {network!r}; valid: latent and width of the autoencoder")
+    return create_autoencoder(meta.arch, meta.tile, int(network["latent"]), float(network["width"]), meta.in_channels)
+
+
 def segmenter_of(
     meta: CheckpointMeta,  # Of any segmentation task
 ) -> nn.Module:  # Random weights
     "The UNet that a description speaks of."
     return create_unet(meta.arch, meta.encoder, meta.in_channels, len(meta.classes))
 
-# %% ../../nbs/21_models.checkpoint.ipynb #e3acd909
+# %% ../../nbs/21_models.checkpoint.ipynb #283d350b
 def load_checkpoint(
     folder: Path | str,  # A checkpoint folder
     task: str | None = None,  # The task it must have been trained for, None for any

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ClassifyOptions', 'ClassifyFit', 'end_epoch', 'ClassifyResult', 'fit_classify']
 
-# %% ../../nbs/37_training.fit_classify.ipynb #74515aa2
+# %% ../../nbs/37_training.fit_classify.ipynb #05e792c4
 # fastai builds much of itself at run time, where a type checker cannot follow
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 import math
@@ -21,7 +21,7 @@ from fastai.optimizer import OptimWrapper
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ..core.device import free_cache, is_out_of_memory, memory_format, pick_device, seed_everything
+from ..core.device import free_cache, memory_format, pick_device, seed_everything
 from ..core.files import plain
 from ..core.registry import EqError
 from ..core.results import CheckpointMeta
@@ -29,7 +29,7 @@ from ..data.augment import AUGMENTS
 from ..data.pictures import Pictures
 from ..models.checkpoint import META, WEIGHTS, load_tensors, read_meta, save_checkpoint
 from .batches import Batches, BatchPlan, check_pictures, soft_targets, take_pictures
-from .callback import Average, Bar, Clock, EachEpoch, Precision, frozen_copy
+from .callback import Average, Bar, Clock, EachEpoch, Precision, fit_within_memory, frozen_copy
 from .course import Course, FrozenFeatures, frozen_until
 from .features import Tail, feature_maps
 from .history import write_history
@@ -41,7 +41,7 @@ from .tracking import Tracker
 from .validate import Eye
 from .validate_classify import ClassScore, class_weights, picture_logits, score_logits, to_logits
 
-# %% ../../nbs/37_training.fit_classify.ipynb #793fa8e8
+# %% ../../nbs/37_training.fit_classify.ipynb #4475ea09
 @dataclass(frozen=True)
 class ClassifyOptions:
     "How a classifier is fitted. Raises EqError for values that cannot be."
@@ -78,7 +78,7 @@ class ClassifyOptions:
             raise EqError(f"{name} = {value}; valid: {valid}")
         _ = frozen_until(self.freeze), OPTIMISERS[self.optimiser], SCHEDULES[self.schedule], AUGMENTS[self.recipe]
 
-# %% ../../nbs/37_training.fit_classify.ipynb #7eee16de
+# %% ../../nbs/37_training.fit_classify.ipynb #e13bcdc4
 class ClassifyFit:
     "A training run in a folder. Use `fit_classify`."
 
@@ -167,7 +167,7 @@ class ClassifyFit:
         "Training images seen so far."
         return self.seen + round(self.team.mean(self.course.images) * self.team.size)
 
-# %% ../../nbs/37_training.fit_classify.ipynb #aaf8b636
+# %% ../../nbs/37_training.fit_classify.ipynb #6fb15be6
 def end_epoch(
     fit: ClassifyFit,  # The run
     loss: float,  # Mean training loss of the epoch in this process
@@ -197,7 +197,7 @@ def end_epoch(
         fit.tracker.log({k: float(v) for k, v in row.items() if k != "epoch" and math.isfinite(v)}, progress.epoch)
     return finished
 
-# %% ../../nbs/37_training.fit_classify.ipynb #33f3fde8
+# %% ../../nbs/37_training.fit_classify.ipynb #a387d449
 @dataclass(frozen=True)
 class ClassifyResult:
     "What a training run leaves behind."
@@ -225,16 +225,10 @@ def _run(fit: ClassifyFit) -> None:
     fit.clock.total_steps = max(1, fit.clock.step + epochs * len(fit.batches))
     if epochs <= 0 or fit.clock.progress() >= 1:
         return
-    try:
-        fit.learn.fit(epochs, cbs=fit.callbacks())
+    callbacks = fit.callbacks()
+    if fit_within_memory(fit.learn, epochs, callbacks, fit.precision, fit.options.batch_size > 1 and fit.team.size == 1):
         return
-    except EqError as error:  # fastai puts its own words in front of what a callback raises
-        raise EqError(str(error).split(":\n\t", 1)[-1]) from error
-    except RuntimeError as error:
-        if not is_out_of_memory(error) or fit.options.batch_size == 1 or fit.team.size > 1:
-            raise
-        fit.precision.leave()
-    fit.halve()  # outside of `except`: there the traceback still holds the tensors
+    fit.halve()
     free_cache()
     fit.bar.note = f", out of memory: batch now {fit.options.batch_size}"
     _run(fit)
@@ -258,7 +252,7 @@ def _finish(fit: ClassifyFit) -> ClassifyResult:
     fit.team.wait()
     return ClassifyResult(fit.folder, read_meta(fit.folder), progress.history, progress.history[-1]["images"], seconds)
 
-# %% ../../nbs/37_training.fit_classify.ipynb #71d3fda9
+# %% ../../nbs/37_training.fit_classify.ipynb #a94ffb98
 def fit_classify(
     model: nn.Module,  # The classifier; it holds the best epoch's weights afterwards (unless `ema` keeps a copy)
     train: Pictures,  # To learn from

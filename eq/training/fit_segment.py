@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FitOptions', 'channel_stats', 'Fit', 'end_epoch', 'FitResult', 'fit_segment']
 
-# %% ../../nbs/36_training.fit_segment.ipynb #f11c15dd
+# %% ../../nbs/36_training.fit_segment.ipynb #ec3446b8
 # fastai builds much of itself at run time, where a type checker cannot follow
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 from collections.abc import Sequence
@@ -22,19 +22,19 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from torch import nn
 
-from ..core.device import free_cache, is_out_of_memory, memory_format, pick_device, seed_everything
+from ..core.device import free_cache, memory_format, pick_device, seed_everything
 from ..core.files import plain
 from ..core.registry import EqError
 from ..core.results import CheckpointMeta
 from ..data.crops import CropPlan, CropStream, Sample
 from ..models.checkpoint import load_checkpoint, save_checkpoint
-from .callback import Average, Bar, Clock, EachEpoch, Precision, Schedule, frozen_copy
+from .callback import Average, Bar, Clock, EachEpoch, Precision, Schedule, fit_within_memory, frozen_copy
 from .history import write_history
 from .loss import LOSSES
 from .state import Progress, Trainee, load_state, save_state
 from .validate import Eye, Validation, validate
 
-# %% ../../nbs/36_training.fit_segment.ipynb #ce40a386
+# %% ../../nbs/36_training.fit_segment.ipynb #a8cd9a39
 @dataclass(frozen=True)
 class FitOptions:
     "How a segmentation network is fitted."
@@ -66,7 +66,7 @@ class FitOptions:
         if self.keep not in ("best", "last"):
             raise EqError(f"keep = {self.keep!r}; valid: 'best' or 'last'")
 
-# %% ../../nbs/36_training.fit_segment.ipynb #6136aa70
+# %% ../../nbs/36_training.fit_segment.ipynb #84f6a5f7
 def channel_stats(
     samples: Sequence[Sample],  # Training images
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:  # Mean and standard deviation per channel, on the 0-1 scale
@@ -75,7 +75,7 @@ def channel_stats(
     pixels = np.concatenate([s.image.reshape(-1, s.image.shape[-1])[::7] for s in real]).astype(np.float64) / 255
     return tuple(pixels.mean(0).round(6).tolist()), tuple(np.maximum(pixels.std(0), 1 / 255).round(6).tolist())
 
-# %% ../../nbs/36_training.fit_segment.ipynb #d92be131
+# %% ../../nbs/36_training.fit_segment.ipynb #1c969ed7
 class Fit:
     "A training run in a folder. Use `fit_segment`."
 
@@ -135,7 +135,7 @@ class Fit:
         found = {"validation_dice": score.dice, "step": self.clock.step, "seconds": self.clock.seconds(), **metrics}
         return replace(self.meta, threshold=score.threshold, tta=score.tta, metrics=found)
 
-# %% ../../nbs/36_training.fit_segment.ipynb #a4703db4
+# %% ../../nbs/36_training.fit_segment.ipynb #918828d5
 def end_epoch(
     fit: Fit,  # The run
     loss: float,  # Mean training loss of the epoch
@@ -161,7 +161,7 @@ def end_epoch(
     fit.stream.start = clock.step * fit.options.batch_size
     return finished
 
-# %% ../../nbs/36_training.fit_segment.ipynb #b39cf7d6
+# %% ../../nbs/36_training.fit_segment.ipynb #ab1e634f
 @dataclass(frozen=True)
 class FitResult:
     "What a training run leaves behind."
@@ -182,16 +182,9 @@ def _run(fit: Fit) -> None:
     precision = Precision(fit.device, options.precision)
     cbs = [Schedule(clock, fit.rates(), options.frozen_until), precision, Average(fit.trainee.average, clock, options.ema), fit.bar,
            EachEpoch(lambda loss: end_epoch(fit, loss))]
-    try:
-        fit.learn.fit(epochs, cbs=cbs)
+    if fit_within_memory(fit.learn, epochs, cbs, precision, options.batch_size > 1):
         return
-    except EqError as error:  # fastai puts its own words in front of what a callback raises
-        raise EqError(str(error).split(":\n\t", 1)[-1]) from error
-    except RuntimeError as error:
-        if not is_out_of_memory(error) or options.batch_size == 1:
-            raise
-        precision.leave()
-    fit.halve()  # outside of `except`: there the traceback still holds the tensors
+    fit.halve()
     free_cache()
     fit.bar.note = f", out of memory: batch now {fit.options.batch_size}"
     _run(fit)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSS_CURVES', 'SCORE_CURVES', 'plot_history', 'write_history']
 
-# %% ../../nbs/35_training.history.ipynb #7a3d76fd
+# %% ../../nbs/35_training.history.ipynb #751c7fbe
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from ..core.files import atomic_write
 
-# %% ../../nbs/35_training.history.ipynb #32a60c66
-LOSS_CURVES = {"train_loss": ("training loss", "tab:grey"), "valid_loss": ("validation log loss", "tab:red")}
+# %% ../../nbs/35_training.history.ipynb #ad518bda
+LOSS_CURVES = {"train_loss": ("training loss", "tab:grey"), "valid_loss": ("validation loss", "tab:red")}
 SCORE_CURVES = {"valid_dice": ("validation Dice", "tab:blue"), "valid_auroc": ("validation AUROC", "tab:blue"),
                 "valid_accuracy": ("validation accuracy", "tab:green")}
 

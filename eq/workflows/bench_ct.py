@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LONG', 'PROTOCOLS', 'ZOO', 'Judged', 'BEST', 'Said', 'by_blocks', 'by_runs', 'at_random', 'Competitor',
-           'with_weights', 'recipe', 'pooled', 'score_rows', 'within_folds', 'Course', 'choose_best', 'one_fold',
-           'above_size', 'one_protocol', 'bench_ct']
+           'with_weights', 'recipe', 'pooled', 'interval_rows', 'score_rows', 'within_folds', 'Course', 'choose_best',
+           'one_fold', 'above_size', 'one_protocol', 'bench_ct']
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #421b1582
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #3030fe6a
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.classification import auroc, class_intervals
+from ..core.classification import accuracy_above, auroc, class_intervals
 from ..core.config import ClassifyConfig, load_config
 from ..core.paths import outputs_root
 from ..core.registry import EqError, Registry, unknown_name
-from ..core.resample import paired_bootstrap
 from ..core.results import Interval
 from ..data.cohort import Cohort
 from ..data.pictures import Pictures, class_names
@@ -31,7 +30,7 @@ from .bench import Row, Sitting, write_plot
 from .classify_stages import pictures_of
 from .classify_train import majority, size_only, train_split
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #6105db36
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #f712dc47
 LONG = 60  # slices: a run at least so long is trained on in the protocol "runs"
 PROTOCOLS: Registry[Callable[[Cohort], list[Split]]] = Registry("protocol")
 
@@ -66,7 +65,7 @@ def at_random(
     "Single slices at random: neighbours on both sides of the split."
     return [split_cohort(replace(cohort, split_unit="image"), "grouped_kfold", purpose="bench", k=5, fold=0)]
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #220625e3
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #0cdc9e66
 @dataclass(frozen=True)
 class Competitor:
     "A network and where its weights come from."
@@ -109,7 +108,7 @@ def recipe(
         changes |= {"optimiser": "adamw", "schedule": "cosine", "weight_decay": 0.05, "freeze": "none" if competitor.weights == "none" else "until:0.2"}
     return load_config().classify.model_copy(update=changes)
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #70c5e30a
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #6f778e66
 Judged = tuple[np.ndarray, np.ndarray, list[str]]  # probabilities, labels, units
 
 
@@ -118,6 +117,17 @@ def pooled(
 ) -> Judged:  # One after the other
     "Folds put together."
     return (np.concatenate([p for p, _ in parts]), np.concatenate([t.labels for _, t in parts]), [u for _, t in parts for u in t.units])
+
+
+def interval_rows(
+    variant: str,  # Who
+    metric: str,  # What
+    value: Interval,  # An estimate with its ends
+    seed: int,  # Of the training
+) -> list[Row]:  # The estimate, then its ends
+    "Three rows of the table."
+    ends = {"": value.estimate, "_low": value.low, "_high": value.high}
+    return [Row(variant, f"{metric}{end}", round(float(v), 4), seed=str(seed)) for end, v in ends.items()]
 
 
 def score_rows(
@@ -131,8 +141,7 @@ def score_rows(
     rows = []
     for metric in ("accuracy", "auroc", "f1", "ece"):
         value = found[metric]
-        ends = {"": value.estimate} | ({"_low": value.low, "_high": value.high} if len(set(judged[2])) < len(judged[2]) else {})
-        rows += [Row(variant, f"{protocol}_{metric}{end}", round(float(v), 4), seed=str(seed)) for end, v in ends.items()]
+        rows += interval_rows(variant, f"{protocol}_{metric}", value, seed)[: 3 if len(set(judged[2])) < len(judged[2]) else 1]
     return rows
 
 
@@ -142,7 +151,7 @@ def within_folds(
     "Of each fold by itself, then averaged: folds put together also compare the scores of different networks with each other."
     return float(np.mean([auroc(p[:, 1], t.labels == 1) for p, t in parts]))
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #2dfe7497
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #a1838c89
 BEST = "best of the zoo"
 Said = dict[str, np.ndarray]  # who -> (N, C) probabilities of the test pictures
 
@@ -182,19 +191,18 @@ def one_fold(
     rows = [Row(n, f"{name}_validation_log_loss", round(v, 4), seed=str(course.seed)) for n, v in losses.items()]
     return said, test, [*rows, Row(best, f"{name}_chosen", 1.0, seed=str(course.seed))]
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #98c7e501
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #8c8e0725
 def above_size(
     protocol: str,  # Its name
     judged: dict[str, Judged],  # Who -> what was said
     seed: int,  # Of the trainings
 ) -> list[Row]:  # Differences with the ends of their intervals
     "Accuracy of VGG16 and of the best of the zoo above that of the size of the file, paired over units."
-    hits = {who: (p.argmax(1) == y).astype(float) for who, (p, y, _) in judged.items()}
     rows = []
-    for who in (n for n in hits if n == BEST or n.startswith("vgg16")):
-        value = paired_bootstrap(hits[who], hits["size only"], judged[who][2], load_config().evaluate.draws)
-        ends = {"": value.estimate, "_low": value.low, "_high": value.high}
-        rows += [Row(f"{who} - size only", f"{protocol}_accuracy{end}", round(float(v), 4), seed=str(seed)) for end, v in ends.items() if v is not None]
+    for who in (n for n in judged if n == BEST or n.startswith("vgg16")):
+        said, labels, units = judged[who]
+        value = accuracy_above(said, judged["size only"][0], labels, units, load_config().evaluate.draws)
+        rows += interval_rows(f"{who} - size only", f"{protocol}_accuracy", value, seed)
     return rows
 
 
@@ -215,7 +223,7 @@ def one_protocol(
     known = np.mean([run in set(s.train.table["run"]) for s in splits for run in s.test.table["run"]])
     return [*rows, Row("test part", f"{name}_share_of_known_runs", round(float(known), 3), seed=str(course.seed))]
 
-# %% ../../nbs/77l_workflows.bench_ct.ipynb #6c63acf1
+# %% ../../nbs/77l_workflows.bench_ct.ipynb #93adfda3
 def bench_ct(
     sitting: Sitting,  # Where the rows go
     minutes: float | None = None,  # Of training in total; None: five times bench.minutes (40)

@@ -7,7 +7,7 @@ __all__ = ['EDGES', 'Outcome', 'NULL', 'EFFECT', 'CHUNK', 'SIZES', 'generator_ha
            'grade_seen', 'Simulated', 'simulate', 'analyse', 'wilson', 'measure_effect', 'scores_table',
            'measure_scale', 'bench_effect']
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #e60fcb2c
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #8c38f168
 import re
 import subprocess
 import time
@@ -32,9 +32,9 @@ from ..quantification.imputation import Herd, make_herd
 from ..quantification.peers import t_test
 from ..quantification.pooling import Pooled, Slope, interval, p_value
 from ..quantification.trial import PROBABILITIES
-from .bench import Row, Sitting, plot_rows
+from .bench import Row, Sitting, plot_rows, slope
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #70f5ce77
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #0c2e572b
 def generator_hash() -> tuple[str, int]:  # SHA-256 and number of modules
     "Hash of eq/data/synthetic*.py as of git HEAD, name by name. Raises EqError without git."
     def git(*words: str) -> bytes:
@@ -50,7 +50,7 @@ def generator_hash() -> tuple[str, int]:  # SHA-256 and number of modules
     lines = [f"{sha256_bytes(git('show', f'HEAD:{name}'))}  {name}\n" for name in names]
     return sha256_bytes("".join(lines).encode()), len(names)
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #53eb6f23
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #c29b67e0
 EDGES = logit(np.array(GRADE_EDGES))
 
 
@@ -100,7 +100,7 @@ def sample(
     human = np.searchsorted(EDGES, true + world.rater * rng.standard_normal(len(animal)), side="right")
     return Sampled(seen, human, np.cumsum(sizes) - sizes)
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #e060004a
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #5e8714fe
 def fit_grader(
     seen: np.ndarray,  # (N,) what the grader sees
     human: np.ndarray,  # (N,) human grades
@@ -129,7 +129,7 @@ def grade_seen(
     "The grader's answer."
     return softmax(seen[:, None] * GRADES * grader[0] + np.concatenate([[0.0], grader[1:]]), axis=1)
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #117784bb
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #c1114475
 @dataclass(frozen=True)
 class Simulated:
     "Cohorts with the same number of animals a group, graded."
@@ -159,7 +159,7 @@ def simulate(
         calibrations.append(fit_calibration(grade_moments(grade_seen(grader, held.seen))[0], held.human.astype(float), animal))
     return Simulated(make_herd(p, np.ones(len(p)), drawn.start, group), drawn.human.astype(float), calibrations)
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #d16fc59e
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #d1f2a6b5
 Outcome = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # p, low, high, estimate; each (cohorts,)
 
 
@@ -201,7 +201,7 @@ def wilson(
     low, high = stats.binomtest(int(hits), n).proportion_ci(method="wilson")
     return float(low), float(high)
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #9ee7a801
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #177f90bc
 NULL, EFFECT = 0.0, 0.8  # shift of the treated group, logit: none, and one worth finding
 CHUNK = 200  # cohorts in memory at once
 
@@ -230,7 +230,7 @@ def measure_effect(
             rows.append((name, f"width_{kind}", float(np.nanmedian(high - low)), np.nan, np.nan))
     return pd.DataFrame(rows, columns=["variant", "metric", "value", "low", "high"])
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #1e726699
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #5e9324c2
 SIZES = (1_250, 2_500, 5_000, 10_000)
 
 
@@ -265,10 +265,10 @@ def measure_scale(
         tracemalloc.stop()
         seconds.append(float(np.median(times)))
     rows = [Row("scale", f"{what}_{n}", v, unit) for what, unit, values in (("seconds", "s", seconds), ("peak", "MB", peaks)) for n, v in zip(sizes, values, strict=True)]
-    fits = {what: float(np.polyfit(np.log(sizes), np.log(values), 1)[0]) for what, values in (("seconds", seconds), ("peak", peaks))}
+    fits = {what: slope(sizes, values) for what, values in (("seconds", seconds), ("peak", peaks))}
     return rows + [Row("scale", f"exponent_{what}", v) for what, v in fits.items()]
 
-# %% ../../nbs/77i_workflows.bench_effect.ipynb #0cb20a8d
+# %% ../../nbs/77i_workflows.bench_effect.ipynb #196a826b
 def bench_effect(
     sitting: Sitting,  # What to append to
     minutes: float | None = None,  # Not used: the dose is a number of cohorts

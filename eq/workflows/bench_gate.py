@@ -6,7 +6,7 @@
 __all__ = ['OUTSIDERS', 'VARIANTS', 'remaining_error', 'error_at', 'Looked', 'look', 'look_at_all', 'gate_rows', 'plot_gate',
            'bench_gate']
 
-# %% ../../nbs/77f_workflows.bench_gate.ipynb #9a6ce6bf
+# %% ../../nbs/77f_workflows.bench_gate.ipynb #1951e1f8
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..data.io import open_image
 from ..data.mask import read_mask
 from ..data.source import load_source
 from ..data.split import Split, split_cohort
-from ..inference.distance import DISTANCES
+from ..inference.distance import DISTANCES, evenly
 from ..inference.embed import embed_crops
 from ..inference.gate import ACCEPT, REFUSE, WIDER, Gate, admit, load_gate
 from ..inference.glance import gate_windows
@@ -34,7 +34,7 @@ from ..inference.segment import Segmenter, predict_probability
 from .bench import Row, Sitting
 from .train import TrainRequest, train_segmentation
 
-# %% ../../nbs/77f_workflows.bench_gate.ipynb #a2782b92
+# %% ../../nbs/77f_workflows.bench_gate.ipynb #ee1f3d41
 def remaining_error(
     errors: Sequence[float],  # One an image, 0 to 1
     suspicion: Sequence[float],  # One an image; the largest is refused first
@@ -56,7 +56,7 @@ def error_at(
     "The curve at a share of refused images, at most all but one."
     return float(curve[min(len(curve) - 1, int(refused * len(curve) + 1e-9))])
 
-# %% ../../nbs/77f_workflows.bench_gate.ipynb #836794b9
+# %% ../../nbs/77f_workflows.bench_gate.ipynb #2cb21540
 @dataclass(frozen=True)
 class Looked:
     "One image, what was suspected and what was wrong."
@@ -89,12 +89,12 @@ def look(
         error = 1 - pixel_scores(mask, read_mask(row["mask"], row["mask_coding"]) > 0).dice
     return Looked(kind, error, found.verdict, suspicion, seed)
 
-# %% ../../nbs/77f_workflows.bench_gate.ipynb #3135222c
+# %% ../../nbs/77f_workflows.bench_gate.ipynb #7b9a29d9
 OUTSIDERS = 60  # radiographs, evenly over the three folders
 
 
 def _evenly(cohort: Cohort, n: int) -> Cohort:
-    return cohort.subset(np.unique(np.linspace(0, len(cohort) - 1, min(n, len(cohort))).astype(int)))
+    return cohort.subset(evenly(len(cohort), n))
 
 
 def look_at_all(
@@ -114,7 +114,7 @@ def look_at_all(
     rows += [(r, "chest_xray") for r in outside.table.to_dict("records")]
     return [look({str(k): v for k, v in r.items()}, kind, segmenter, gate, seed) for r, kind in rows]
 
-# %% ../../nbs/77f_workflows.bench_gate.ipynb #1469715f
+# %% ../../nbs/77f_workflows.bench_gate.ipynb #2044140e
 VARIANTS = ("eq", "distance_knn", "distance_mahalanobis", "confidence", "chance", "oracle")
 
 
@@ -144,7 +144,7 @@ def gate_rows(
         rows += [Row("eq", f"error_of_{verdict}", round(float(np.mean(errors)), 4), seed=seed)] if errors else []
     return rows
 
-# %% ../../nbs/77f_workflows.bench_gate.ipynb #2a2131fc
+# %% ../../nbs/77f_workflows.bench_gate.ipynb #22d4d318
 def _draw(axis: Axes, runs: Sequence[Sequence[Looked]], title: str) -> None:
     share = np.linspace(0, 0.9, 46)
     for variant in VARIANTS:

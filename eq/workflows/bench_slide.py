@@ -6,7 +6,7 @@
 __all__ = ['PX_UM', 'FILES', 'KILLS', 'SlidePlan', 'on_tissue', 'slide_bands', 'write_slide', 'Watched', 'workers_of', 'Strikes',
            'watch_predict', 'fingerprint', 'measure_slide', 'bench_slide']
 
-# %% ../../nbs/77e_workflows.bench_slide.ipynb #71d2f4b3
+# %% ../../nbs/77e_workflows.bench_slide.ipynb #ec37b31a
 import signal
 import subprocess
 import sys
@@ -31,7 +31,7 @@ from ..data.synthetic_kidney import KidneySpec, make_kidney_field
 from .bench import Row, Sitting
 from .train import TrainRequest, train_segmentation
 
-# %% ../../nbs/77e_workflows.bench_slide.ipynb #bd2182a2
+# %% ../../nbs/77e_workflows.bench_slide.ipynb #702dbe9c
 PX_UM = 0.5  # of the slide
 
 
@@ -75,7 +75,7 @@ def write_slide(
     size = TiffPlan(plan.side, plan.side, np.uint8, 3, px_size_um=PX_UM, description="synthetic")
     return write_tiff_pyramid(plan.folder / "slide.ome.tif", lambda: slide_bands(plan), size)
 
-# %% ../../nbs/77e_workflows.bench_slide.ipynb #67d5ca7c
+# %% ../../nbs/77e_workflows.bench_slide.ipynb #6360d8f3
 @dataclass(frozen=True)
 class Watched:
     "One run of `eq predict`."
@@ -155,7 +155,8 @@ def watch_predict(
         while process.poll() is None:
             try:
                 peak = max(peak, _peak(psutil.Process(process.pid)))
-                strikes.look(process.pid, out / ".work" / slide.name.partition(".")[0])
+                if kill_workers:  # looking costs what is measured
+                    strikes.look(process.pid, out / ".work" / slide.name.partition(".")[0])
             except psutil.NoSuchProcess:
                 break
             if kill_after is not None and len(list(out.glob(".work/*/[0-9]*.safetensors"))) >= kill_after:
@@ -165,7 +166,7 @@ def watch_predict(
         log.seek(0)
         return Watched(time.monotonic() - start, peak, code, log.read()[-2000:], strikes.done, len(strikes.lost))
 
-# %% ../../nbs/77e_workflows.bench_slide.ipynb #59c361e6
+# %% ../../nbs/77e_workflows.bench_slide.ipynb #28b5d6bc
 FILES = ("mask.ome.tif", "labels.ome.tif", "objects.geojson", "instances.csv")
 KILLS = 10  # workers
 
@@ -212,7 +213,7 @@ def measure_slide(
              Row("eq_dask_struck", "identical", float(struck.code == 0 and fingerprint(folder / "struck") == expected))]
     return rows
 
-# %% ../../nbs/77e_workflows.bench_slide.ipynb #dc72be52
+# %% ../../nbs/77e_workflows.bench_slide.ipynb #146dfcac
 def bench_slide(
     sitting: Sitting,  # What to append to
     minutes: float | None = None,  # Training time of the network; None: 1

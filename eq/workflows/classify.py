@@ -6,7 +6,7 @@
 __all__ = ['app', 'classify', 'ingest_images', 'prepare_model', 'train_model', 'evaluate_model', 'predict_images',
            'explain_images', 'embed_images', 'export_network', 'learning_rate', 'describe_model']
 
-# %% ../../nbs/73e_workflows.classify.ipynb #2c714a4f
+# %% ../../nbs/73e_workflows.classify.ipynb #51860897
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ import typer
 
 from ..core.config import ClassifyConfig, load_config
 
-# %% ../../nbs/73e_workflows.classify.ipynb #a0cebea0
+# %% ../../nbs/73e_workflows.classify.ipynb #5f5cc00c
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="Classify whole images: stages of the pipeline, prediction, explanation, export.")
 
 
@@ -83,7 +83,7 @@ def evaluate_model() -> None:
                        if value["low"] is not None else f"  {name:9} {value['estimate']:.3f} (no interval: {value['note']})")
     typer.echo(str(placed(config.paths.scores)))
 
-# %% ../../nbs/73e_workflows.classify.ipynb #8ea86e40
+# %% ../../nbs/73e_workflows.classify.ipynb #f37d9398
 @app.command("predict", epilog="Example: eq classify predict slices/*.jpg --model outputs/classify/model --out predictions.csv")
 def predict_images(
     images: Annotated[list[Path], typer.Argument(help="Images, or folders of images")],  # What to classify
@@ -100,7 +100,7 @@ def predict_images(
 
     networks = [Classifier.from_checkpoint(m) for m in model]
     paths = [p for given in images for p in (find_images(given) if given.is_dir() else [given])]
-    table = predict_files(networks[0] if len(networks) == 1 else Ensemble(networks), paths, load_picture_gate(model[0]) if gate else None, tta)
+    table = predict_files(networks[0] if len(networks) == 1 else Ensemble(networks), paths, load_picture_gate(model[0], classifier=networks[0]) if gate else None, tta)
     if out is None:
         typer.echo(table.to_string(index=False))
     else:
@@ -111,7 +111,7 @@ def predict_images(
     if counts.get("failed", 0):
         raise typer.Exit(1)
 
-# %% ../../nbs/73e_workflows.classify.ipynb #25494085
+# %% ../../nbs/73e_workflows.classify.ipynb #9e26cfd2
 def _told(table: Any, page: Path) -> None:
     "Bad files, counts, and where the page is; exit status 1 when a file failed."
     for row in [r for r in table.to_dict("records") if r["status"] != "done"]:
@@ -154,7 +154,7 @@ def embed_images(
     typer.echo("\n".join(alike.notes))
     _told(alike.table, alike.page)
 
-# %% ../../nbs/73e_workflows.classify.ipynb #8d390ea9
+# %% ../../nbs/73e_workflows.classify.ipynb #84f1b524
 @app.command("export", epilog="Example: eq classify export --model outputs/classify/model --format onnx --format openvino-int8 --images slices/ --out outputs/exports")
 def export_network(
     model: Annotated[Path, typer.Option(help="Checkpoint folder")],  # Network

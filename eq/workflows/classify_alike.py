@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'picture_table', 'embed_files', 'EmbedRequest', 'Alike', 'neighbour_table', 'alike_notes', 'embed_folder']
 
-# %% ../../nbs/73ga_workflows.classify_alike.ipynb #c00bd3da
+# %% ../../nbs/73ga_workflows.classify_alike.ipynb #db02a7dc
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +19,16 @@ from ..core.provenance import Run, start_run
 from ..core.registry import EqError
 from ..data.cohort import natural_key
 from ..data.formats import is_image_path, readable_suffixes
-from ..data.pictures import read_picture
 from ..data.source_classes import CT_BLOCK, unbroken_runs
 from ..data.split import contiguous_blocks, position
-from ..inference.classify import BATCH, DONE, FAILED, Classifier
+from ..inference.classify import BATCH, DONE, FAILED, Classifier, read_for
 from ..inference.picture_features import embed_pictures
 from ..inference.project import FEWEST, Neighbours, check_projection, cluster_stability, nearest_neighbours, neighbour_agreement, project
 from ..models.checkpoint import META, WEIGHTS, checkpoint_folder
 from ..reporting.embedding_page import Points, write_embedding_page, write_embedding_png
 from ..reporting.plotly_page import plotly_objects
 
-# %% ../../nbs/73ga_workflows.classify_alike.ipynb #c9fcff10
+# %% ../../nbs/73ga_workflows.classify_alike.ipynb #a5ca6f8c
 def picture_table(
     given: Iterable[Path],  # Files, and folders that are searched to the bottom
 ) -> pd.DataFrame:  # image, name, label, block, run; sorted within each folder
@@ -57,7 +56,7 @@ def _read_in_parts(table: pd.DataFrame, classifier: Classifier, skipped: dict[st
             rows, images = [], []
             for at in range(start, min(start + BATCH, len(paths))):
                 try:
-                    images.append(read_picture(paths[at], meta.tile, bool(meta.params.get("body", True))))
+                    images.append(read_for(paths[at], meta))
                     rows.append(at)
                 except EqError as error:
                     skipped[paths[at]] = str(error)
@@ -80,7 +79,7 @@ def embed_files(
         raise EqError(f"{len(rows)} of {len(table)} pictures could be read, an embedding needs {FEWEST}{why}")
     return table.iloc[rows].reset_index(drop=True), np.concatenate([features for _, features in parts]), skipped
 
-# %% ../../nbs/73ga_workflows.classify_alike.ipynb #40ec9cc5
+# %% ../../nbs/73ga_workflows.classify_alike.ipynb #f995706e
 @dataclass(frozen=True)
 class EmbedRequest:
     "What to embed with what. Raises EqError for an unknown method, other dimensions and a missing library."
@@ -136,7 +135,7 @@ def alike_notes(
     second = f"clusters: {held.k} hold best when {held.units} {unit}s are drawn again, adjusted Rand index {held.rand:.2f} (lowest twentieth {held.low:.2f}){few}"
     return (first + ("; slices of the same block are left out" if unit == "block" and share == share else ""), second), held.labels
 
-# %% ../../nbs/73ga_workflows.classify_alike.ipynb #518f6620
+# %% ../../nbs/73ga_workflows.classify_alike.ipynb #48f949fa
 NAMES = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}  # as people write them
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ExplainRequest', 'Looked', 'target_of', 'Desk', 'Stranger', 'scores_row', 'explain_pictures']
 
-# %% ../../nbs/73g_workflows.classify_look.ipynb #7fe647ac
+# %% ../../nbs/73g_workflows.classify_look.ipynb #901d5cdb
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 from ..core.files import atomic_write
 from ..core.provenance import Run, start_run
 from ..core.registry import EqError, unknown_name
-from ..data.pictures import read_picture
-from ..inference.classify import DONE, FAILED, REFUSED, Classifier
+from ..inference.classify import DONE, FAILED, REFUSED, Classifier, read_for
 from ..inference.explain import METHODS, explain
 from ..inference.explain_score import score_map
 from ..inference.picture_gate import PictureGate, load_picture_gate
@@ -28,7 +27,7 @@ from ..reporting.plotly_page import plotly_objects
 from ..reporting.render import Section, write_report
 from .image_job import expand_images, folder_names
 
-# %% ../../nbs/73g_workflows.classify_look.ipynb #f7806913
+# %% ../../nbs/73g_workflows.classify_look.ipynb #19f41ead
 @dataclass(frozen=True)
 class ExplainRequest:
     "What to explain with what. Raises EqError for an unknown method."
@@ -63,7 +62,7 @@ def target_of(
         raise unknown_name("class", name, classes)
     return None if name is None else classes.index(name)
 
-# %% ../../nbs/73g_workflows.classify_look.ipynb #0d1186d5
+# %% ../../nbs/73g_workflows.classify_look.ipynb #916d8207
 @dataclass(frozen=True)
 class Desk:
     "Where pictures are explained."
@@ -79,8 +78,7 @@ class Desk:
         name: str,  # Of its files
     ) -> Exhibit:  # Its map with scores
         "Explains one picture and writes its files. Raises EqError for one that cannot be read, Stranger for one that is refused."
-        meta = self.classifier.meta
-        image = read_picture(path, meta.tile, bool(meta.params.get("body", True)))
+        image = read_for(path, self.classifier.meta)
         self.run.add_input(path)
         if self.gate is not None and (why := self.gate.refusals(image[None])[0]):
             raise Stranger(why)
@@ -106,7 +104,7 @@ def scores_row(
             "insertion": s.pixels.insertion, "insertion_random": s.pixels.chance_insertion, "deletion": s.pixels.deletion,
             "deletion_random": s.pixels.chance_deletion, **shares}
 
-# %% ../../nbs/73g_workflows.classify_look.ipynb #3f4facb8
+# %% ../../nbs/73g_workflows.classify_look.ipynb #76973044
 def _one(desk: Desk, path: Path, name: str) -> tuple[dict[str, Any], Exhibit | None]:
     "A row, and the map where there is one."
     row = {"image": str(path), "name": name}
@@ -148,7 +146,7 @@ def explain_pictures(
     with start_run("classify-explain", request.out, params) as run:
         for part in (WEIGHTS, META):
             run.add_input(folder / part)
-        desk = Desk(classifier, load_picture_gate(folder) if request.gate else None, request, run)
+        desk = Desk(classifier, load_picture_gate(folder, classifier=classifier) if request.gate else None, request, run)
         jobs = zip(paths, folder_names(paths), strict=True)
         found = [_one(desk, path, name) for path, name in tqdm(jobs, "explaining", len(paths), unit="picture", disable=request.quiet or None)]
         table, exhibits = pd.DataFrame([row for row, _ in found]), [x for _, x in found if x is not None]

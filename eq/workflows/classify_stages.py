@@ -6,7 +6,7 @@
 __all__ = ['COHORT', 'SKIPPED', 'placed', 'renew', 'ingest', 'asked', 'told', 'describe_classifier', 'beginning', 'prepare_base',
            'ingested', 'split_of', 'pictures_of', 'prepared']
 
-# %% ../../nbs/73c_workflows.classify_stages.ipynb #b18bc248
+# %% ../../nbs/73c_workflows.classify_stages.ipynb #9a5898ce
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -30,10 +30,10 @@ from ..data.drive import drive_id, drive_url
 from ..data.pictures import Pictures, load_pictures
 from ..data.source import load_source
 from ..data.split import Split, split_cohort
-from ..models.checkpoint import load_checkpoint, save_checkpoint
+from ..models.checkpoint import WEIGHTS, load_checkpoint, save_checkpoint
 from ..models.classifier import Parts, classifier_family, create_classifier
 
-# %% ../../nbs/73c_workflows.classify_stages.ipynb #beb9b9da
+# %% ../../nbs/73c_workflows.classify_stages.ipynb #b9a45081
 COHORT, SKIPPED = "cohort.csv", "skipped.csv"
 
 
@@ -54,7 +54,7 @@ def renew(
         shutil.rmtree(folder)
     return folder
 
-# %% ../../nbs/73c_workflows.classify_stages.ipynb #ce24c88c
+# %% ../../nbs/73c_workflows.classify_stages.ipynb #d5d4ce97
 def _archive(config: ClassifyConfig, quiet: bool) -> Path:
     "The zip file, fetched where it is not here."
     url, target = config.paths.source_url, placed(config.paths.local_data_file)
@@ -99,7 +99,7 @@ def ingest(
         run.add_metrics({"images": len(got.cohort), "skipped": len(got.skipped), "units": len(got.cohort.units)})
     return run.dir
 
-# %% ../../nbs/73c_workflows.classify_stages.ipynb #274cdb3b
+# %% ../../nbs/73c_workflows.classify_stages.ipynb #35da3a6a
 def asked(
     config: ClassifyConfig,  # Section classify
 ) -> dict[str, Any]:  # For `CheckpointMeta.params`
@@ -155,7 +155,7 @@ def prepare_base(
             written.append(run.dir)
     return written[0], written[1]
 
-# %% ../../nbs/73c_workflows.classify_stages.ipynb #a1de2258
+# %% ../../nbs/73c_workflows.classify_stages.ipynb #0c703297
 def ingested(
     config: ClassifyConfig,  # Section classify
 ) -> Cohort:  # What stage 1 left
@@ -198,5 +198,5 @@ def prepared(
         if made != wanted:
             raise EqError(f"{folder} was made with {name} {made!r}, classify.{name} is {wanted!r}: run `eq classify prepare` again")
     if run is not None:
-        run.add_input(folder / "model.safetensors")
+        run.add_input(folder / WEIGHTS)
     return model, replace(meta, parent=meta.weights_sha256, params=meta.params | asked(config))

@@ -7,7 +7,7 @@ __all__ = ['MOST', 'ALL', 'RATES', 'MEASURES', 'CALIBRATION', 'BASELINES', 'UNSE
            'wanted_formats', 'export_checkpoint', 'said_table', 'range_test', 'said_rate', 'card_facts', 'write_card',
            'check_team', 'train_in_processes']
 
-# %% ../../nbs/73h_workflows.classify_tools.ipynb #c37e8683
+# %% ../../nbs/73h_workflows.classify_tools.ipynb #bcb62f50
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..core.files import atomic_write, read_json, write_text
 from ..core.provenance import MANIFEST, start_run
 from ..core.registry import EqError, unknown_name
 from ..core.results import CheckpointMeta, Interval
-from ..data.pictures import read_picture
+from ..inference.classify import read_for
 from ..models.checkpoint import checkpoint_folder, read_meta
 from ..models.export import EXPORTS, export_formats, export_model, export_table
 from ..reporting.model_card import CardFacts, model_card
@@ -33,7 +33,7 @@ from .classify_alike import picture_table
 from .classify_stages import ingested, pictures_of, placed, prepared, renew, split_of, told
 from .classify_train import fit_options
 
-# %% ../../nbs/73h_workflows.classify_tools.ipynb #6fafe28a
+# %% ../../nbs/73h_workflows.classify_tools.ipynb #f1507d5c
 MOST = 64  # pictures of either kind
 ALL = "all"  # every registered format
 
@@ -57,7 +57,7 @@ def _read(paths: Sequence[str], meta: CheckpointMeta, skipped: dict[str, str]) -
     found = []
     for path in paths:
         try:
-            found.append(read_picture(path, meta.tile, bool(meta.params.get("body", True))))
+            found.append(read_for(path, meta))
         except EqError as error:
             skipped[path] = str(error)
     return found
@@ -94,7 +94,7 @@ def wanted_formats(
         raise EqError(f"no format was named; choose from {[*EXPORTS.names(), ALL]}")
     return list(dict.fromkeys(n for name in names for n in (EXPORTS.names() if name == ALL else [name])))
 
-# %% ../../nbs/73h_workflows.classify_tools.ipynb #09c08795
+# %% ../../nbs/73h_workflows.classify_tools.ipynb #439bc98d
 def export_checkpoint(
     model: Path,  # A checkpoint folder, or a file in it
     formats: Sequence[str],  # Names of EXPORTS, or "all"
@@ -135,7 +135,7 @@ def said_table(
         "largest difference": table["max_difference"].map("{:.1e}".format), "note": table["note"]})
     return shown.to_string(index=False)
 
-# %% ../../nbs/73h_workflows.classify_tools.ipynb #bc05fc39
+# %% ../../nbs/73h_workflows.classify_tools.ipynb #dfc4d103
 RATES = "rates.csv"
 
 
@@ -170,7 +170,7 @@ def said_rate(
         return f"the loss does not fall at any of {tried}: there is nothing to suggest (learning_rate is {now:g})"
     return f"the loss falls most steeply around {curve.suggestion:.1e} ({tried}; learning_rate is {now:g})"
 
-# %% ../../nbs/73h_workflows.classify_tools.ipynb #892711ad
+# %% ../../nbs/73h_workflows.classify_tools.ipynb #aafd00f6
 def _part_table(meta: CheckpointMeta, folder: Path) -> pd.DataFrame | None:
     "Images and units of each part, as the run that trained it noted them."
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
@@ -219,7 +219,7 @@ def write_card(
     facts = card_facts(meta, folder, None if scores is None else read_json(scores), purpose, licence)
     return write_text(out, model_card(meta, facts, folder.as_posix()))
 
-# %% ../../nbs/73h_workflows.classify_tools.ipynb #8b265388
+# %% ../../nbs/73h_workflows.classify_tools.ipynb #27fcb75f
 def check_team(
     config: ClassifyConfig,  # Section classify
     processes: int,  # How many

@@ -6,7 +6,7 @@
 __all__ = ['fit_options', 'about_data', 'train_classifier', 'train_split', 'file_size', 'size_only', 'majority',
            'independent_runs', 'verdict', 'scored', 'judge', 'evaluate_classifier']
 
-# %% ../../nbs/73d_workflows.classify_train.ipynb #9cc45c87
+# %% ../../nbs/73d_workflows.classify_train.ipynb #db23bd16
 import shutil
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.classification import class_intervals, class_scores, reliability_table
+from ..core.classification import accuracy_above, class_intervals, class_scores, reliability_table
 from ..core.config import ClassifyConfig, load_config
 from ..core.environment import code_version
 from ..core.files import atomic_write, plain, write_json
 from ..core.provenance import start_run
 from ..core.registry import EqError
-from ..core.resample import paired_bootstrap
 from ..core.results import Interval
 from ..data.io import open_image
 from ..data.pictures import Pictures, class_names
@@ -37,7 +36,7 @@ from ..training.team import Team
 from ..training.tracking import TrackPlan, start_tracker
 from .classify_stages import COHORT, beginning, describe_classifier, ingested, pictures_of, placed, prepared, renew, split_of, told
 
-# %% ../../nbs/73d_workflows.classify_train.ipynb #2404879e
+# %% ../../nbs/73d_workflows.classify_train.ipynb #643a30e0
 def fit_options(
     config: ClassifyConfig,  # Section classify
     quiet: bool = False,  # No progress bar
@@ -88,7 +87,7 @@ def train_classifier(
         run.add_metrics({"validation": result.meta.metrics, "temperature": calibration.temperature, "split": split.summary().to_dict("records")})
     return result
 
-# %% ../../nbs/73d_workflows.classify_train.ipynb #f2f7517c
+# %% ../../nbs/73d_workflows.classify_train.ipynb #e479ef48
 def train_split(
     config: ClassifyConfig,  # Section classify; its paths are not used
     split: Split,  # Train and validate are read
@@ -104,9 +103,10 @@ def train_split(
     fit_classify(model, train, valid, fit_options(config, quiet), meta, folder)
     calibration = calibrate_checkpoint(folder, valid)
     fit_picture_gate(folder, train, valid)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # gigabytes of optimiser state, for going on after a kill
     return Classifier.from_checkpoint(folder), calibration
 
-# %% ../../nbs/73d_workflows.classify_train.ipynb #ed921573
+# %% ../../nbs/73d_workflows.classify_train.ipynb #f73accd2
 def file_size(
     path: str,  # An image
 ) -> tuple[int, int]:  # Height and width, pixels
@@ -149,7 +149,7 @@ def independent_runs(
     tested = {str(label): set(rows["run"]) for label, rows in split.test.table.groupby("label")}
     return {label: (len(runs), len(runs & known)) for label, runs in tested.items()}
 
-# %% ../../nbs/73d_workflows.classify_train.ipynb #a0098c02
+# %% ../../nbs/73d_workflows.classify_train.ipynb #4d9d2e1a
 def verdict(
     accuracy: float,  # Of the network
     size: float,  # Of the size of the file, on the same pictures
@@ -203,8 +203,8 @@ def judge(
                       "set classify.fold, seed and scheme to what it was trained with, or train again")
     probabilities = {"network": classifier.probabilities(test.images), "size_only": size_only(train, test), "majority": majority(train, test)}
     found = {name: scored(p, test) for name, p in probabilities.items()}
-    runs, hits = independent_runs(split), {name: (p.argmax(1) == test.labels).astype(float) for name, p in probabilities.items()}
-    above = paired_bootstrap(hits["network"], hits["size_only"], test.units, load_config().evaluate.draws)
+    runs = independent_runs(split)
+    above = accuracy_above(probabilities["network"], probabilities["size_only"], test.labels, test.units, load_config().evaluate.draws)
     said = verdict(found["network"]["accuracy"].estimate, found["size_only"]["accuracy"].estimate, above, runs)
     scores: dict[str, Any] = {"verdict": said, "weights_sha256": meta.weights_sha256, "above_size": plain(above)}
     scores |= {f"{name}.{k}": plain(v) for name, values in found.items() for k, v in values.items()}

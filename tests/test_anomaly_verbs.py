@@ -1,0 +1,98 @@
+"""`eq train anomaly` and `eq evaluate anomaly` as a user types them, and what labels of test images can change: nothing before the verdict."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from eq.core.provenance import verify_run
+from eq.data.cohort import Cohort, save_cohort
+from eq.models.checkpoint import read_meta
+from eq.workflows.anomaly_judge import evaluate_anomaly
+from eq.workflows.anomaly_train import AnomalyRequest, train_anomaly
+from eq.workflows.cli import main
+
+SMALL = {"size": 32, "latent": 8, "width": 0.05, "normal": "well", "epochs": 1, "batch_size": 16, "tracker": "none"}
+
+
+@pytest.fixture(scope="module")
+def ward(tmp_path_factory) -> Cohort:
+    "Thirty-two pictures of noise around a disc; rings are ill, dim ones are ill in another way."
+    folder = tmp_path_factory.mktemp("ward")
+    y, x = np.mgrid[:40, :40]
+    rng, rows = np.random.default_rng(0), []
+    for i in range(32):
+        label = "well" if i < 20 else "ring" if i < 26 else "dim"
+        inside = (np.hypot(y - 20, x - 20) < 11) & (np.hypot(y - 20, x - 20) >= (6 if label == "ring" else 0))
+        grey = (60 + 120 * inside + rng.normal(0, 40, (40, 40))) * (0.6 if label == "dim" else 1)
+        Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+        rows.append({"image": str(folder / f"{i}.png"), "label": label, "subject": f"s{i // 2}"})
+    return Cohort(pd.DataFrame(rows), name="ward", task="classify", synthetic=True)
+
+
+def options(**more) -> list[str]:
+    return [word for k, v in (SMALL | more).items() for word in ("--" + k.replace("_", "-"), str(v))]
+
+
+def test_labels_of_test_images_change_nothing_before_the_verdict(ward, tmp_path):
+    "Abnormal images are relabelled, and their pixels replaced: weights and thresholds stay, to the last bit."
+    other = ward.table.copy()
+    ill = other["label"] != "well"
+    other.loc[ill, "label"] = other.loc[ill, "label"].map({"ring": "dim", "dim": "ring"})
+    other.loc[ill, "image"] = other.loc[ill, "image"].to_numpy()[::-1]
+    changed = Cohort(other, name="ward", task="classify", synthetic=True)
+    runs = [train_anomaly(AnomalyRequest(source=c, out=tmp_path / n, values=SMALL, allow_leak="drawn alike", quiet=True))
+            for n, c in (("a", ward), ("b", changed))]
+    for arch in runs[0]:
+        assert runs[0][arch].meta.weights_sha256 == runs[1][arch].meta.weights_sha256, arch
+    reports = [evaluate_anomaly([r.folder for r in run.values()], c, tmp_path / f"j{i}", ("pca",), quiet=True)
+               for i, (run, c) in enumerate(zip(runs, (ward, changed), strict=True))]
+    for name, first in reports[0].witnesses.items():
+        assert np.array_equal(first.validate, reports[1].witnesses[name].validate), name
+    thresholds = [{n: s.threshold for n, s in r.verdicts[0].scores.items()} for r in reports]
+    assert thresholds[0] == thresholds[1]
+
+
+def test_train_resume_and_judge_from_the_command_line(ward, tmp_path, capsys):
+    save_cohort(ward, tmp_path / "ward.csv")
+    out = tmp_path / "run"
+    said = ["--source", str(tmp_path / "ward.csv"), "--out", str(out), "--allow-leak", "drawn alike"]
+    assert main(["train", "anomaly", "--arch", "unet", *said, *options()]) == 0
+    assert "checkpoint:" in capsys.readouterr().out and verify_run(out / "unet").ok
+    assert main(["train", "anomaly", "--resume", str(out / "unet" / "checkpoints" / "last"), "--epochs", "2", "--tracker", "none", "--allow-leak", "x"]) == 0
+    assert read_meta(out / "unet").metrics["epoch"] in (1, 2) and len(pd.read_csv(out / "unet" / "history.csv")) == 2
+    capsys.readouterr()
+    asked = ["--model", str(out / "unet"), "--baseline", "brightness", "--out", str(tmp_path / "judged")]  # it knows its images itself
+    assert main(["evaluate", "anomaly", *asked]) == 0
+    told = capsys.readouterr().out
+    assert "AUROC" in told and "report.html" in told and (tmp_path / "judged" / "report.html").is_file()
+    images = pd.read_csv(tmp_path / "judged" / "images.csv")
+    trained = set(read_meta(out / "unet").data["parts"]["train"])
+    assert not trained & set(images["image"]) and {"unet", "brightness"} <= set(images.columns)
+
+
+@pytest.mark.parametrize("args, said", [
+    (["train", "anomaly", "--arch", "unit"], "did you mean 'unet'?"),
+    (["train", "anomaly", "--normal", "healthy"], "unknown label of normal images 'healthy'"),
+    (["train", "anomaly", "--size", "100"], "valid: a multiple of 32"),
+    (["train", "anomaly", "--intensity", "standart"], "did you mean 'standard'?"),
+    (["train", "anomaly", "--map", "l3"], "unknown anomaly map 'l3'"),
+    (["train", "anomaly", "--no-wandb", "--wandb-project", "x"], "valid: one of them"),
+    (["train", "anomaly", "--resume", "nowhere"], "nothing to resume at nowhere"),
+    (["train", "anomaly", "--source", "kaggle:owner"], "kaggle"),
+    (["evaluate", "anomaly", "--model", "nowhere"], "no checkpoint here"),
+    (["evaluate", "anomaly"], "--model"),
+])
+def test_wrong_input_is_answered_in_one_line(args, said, capsys, monkeypatch, tmp_path, ward):
+    monkeypatch.chdir(tmp_path)
+    save_cohort(ward, tmp_path / "ward.csv")
+    more = ["--source", "ward.csv"] if "--normal" in args else []
+    assert main([*args, *more]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error and len(error.strip().splitlines()) == 1, error
+
+
+def test_help_names_every_option(capsys):
+    assert main(["train", "anomaly", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"--{name}" in told for name in ("arch", "samples", "epochs", "resume", "no-wandb", "wandb-project", "patience", "delta")) and "Examples:" in told
