@@ -8,7 +8,6 @@ __all__ = ['auroc_figure', 'best_network', 'network_gallery', 'anomaly_page', 'w
 # %% ../../nbs/75i_workflows.anomaly_report.ipynb #06ca6227
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 from matplotlib.figure import Figure as Canvas
@@ -17,13 +16,11 @@ from ..core.config import AnomalyConfig
 from ..core.registry import EqError
 from ..reporting.anomaly_gallery import ends_of_labels, gallery, score_figure
 from ..reporting.render import Figure, Report, Section, Stat, write_report
-
-if TYPE_CHECKING:
-    from eq.workflows.anomaly_judge import AnomalyReport, Verdict
+from .anomaly_judge import AnomalyReport, Verdict, pair_rows, score_rows
 
 # %% ../../nbs/75i_workflows.anomaly_report.ipynb #25ce1850
 def auroc_figure(
-    verdicts: Sequence["Verdict"],  # One a contrast
+    verdicts: Sequence[Verdict],  # One a contrast
     trained: Sequence[str],  # Names of the trained networks
 ) -> Canvas:  # Without a backend
     "AUROC of every detector with its interval over patients, one panel a contrast."
@@ -41,7 +38,7 @@ def auroc_figure(
 
 
 def best_network(
-    report: "AnomalyReport",  # From `eq.workflows.anomaly_judge.evaluate_anomaly`
+    report: AnomalyReport,  # From `eq.workflows.anomaly_judge.evaluate_anomaly`
 ) -> str:  # Its name
     "The trained network with the highest AUROC on the commonest contrast. Raises EqError where none was trained."
     trained = [n for n, w in report.witnesses.items() if w.trained]
@@ -51,7 +48,7 @@ def best_network(
 
 
 def network_gallery(
-    report: "AnomalyReport",  # From `eq.workflows.anomaly_judge.evaluate_anomaly`
+    report: AnomalyReport,  # From `eq.workflows.anomaly_judge.evaluate_anomaly`
     ends: bool = False,  # The ends of each label in place of the whole ranking
 ) -> Canvas:  # Input, reconstruction, map
     "What the best network makes of test images."
@@ -62,12 +59,10 @@ def network_gallery(
 
 # %% ../../nbs/75i_workflows.anomaly_report.ipynb #97b499dd
 def anomaly_page(
-    report: "AnomalyReport",  # From `eq.workflows.anomaly_judge.evaluate_anomaly`
+    report: AnomalyReport,  # From `eq.workflows.anomaly_judge.evaluate_anomaly`
     config: AnomalyConfig,  # What the networks were trained with
 ) -> Report:  # To be written
     "Verdict, tables, figures."
-    from eq.workflows.anomaly_judge import pair_rows, score_rows
-
     name, first, test = best_network(report), report.verdicts[0], report.exam.test
     trained = [n for n, w in report.witnesses.items() if w.trained]
     found, unit = first.scores[name], report.exam.split.unit
@@ -94,7 +89,7 @@ def anomaly_page(
 
 
 def write_anomaly_report(
-    report: "AnomalyReport",  # From `eq.workflows.anomaly_judge.evaluate_anomaly`
+    report: AnomalyReport,  # From `eq.workflows.anomaly_judge.evaluate_anomaly`
     config: AnomalyConfig,  # What the networks were trained with
 ) -> Path:  # report.html
     "Writes the page into the run's folder."
