@@ -55,7 +55,8 @@ class TaskConfig(Strict):
     crop: int = Field(ge=32, multiple_of=32, description="Edge of a training crop, pixels at the working resolution")
     lr: float = Field(gt=0, description="Highest learning rate of AdamW")
     working_um: float = Field(gt=0, description="Pixel size the network works at, micrometres, for images whose own is known")
-    scale: float = Field(gt=0, description="Images of unknown pixel size are made smaller by this factor; given for one run, it always holds")
+    width: float = Field(gt=0, description="Images of unknown pixel size are brought to where objects are so many pixels wide")
+    scale: float | None = Field(gt=0, description="Images of unknown pixel size are made smaller by this factor, null: by what `width` asks for; given for one run, it always holds")
     recipe: str = Field(description="Registered augmentation")
     positive: float = Field(ge=0, le=1, description="Share of crops centred near an object")
     paste: float = Field(ge=0, le=1, description="Chance that an object of another image is pasted into a crop")
@@ -63,6 +64,7 @@ class TaskConfig(Strict):
     frozen_until: float = Field(ge=0, lt=1, description="Where the encoder learned elsewhere: part of the run in which it does not learn")
     rehearsal: float = Field(ge=0, lt=1, description="Part of the run that is spent first on painted images, where the training images are real")
     painted: float = Field(ge=0, lt=1, description="Share of crops from painted images in the rest of such a run")
+    members: int = Field(ge=1, le=9, description="Networks that share the time and vote; fewer where each would have too little of it")
 
 
 class PredictConfig(Strict):

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..core.registry import Registry
+from ..models.ensemble import members_of
 
 # %% ../../nbs/42b_inference.fold.ipynb #3301203b
 Fold = Callable[[nn.Module], int]  # changes a network in place, returns how many places it changed
@@ -96,7 +97,12 @@ def _foldable(block: nn.Module) -> bool:
 def fold_upsampling(
     model: nn.Module,  # After `fold_batchnorm`; changed in place
 ) -> int:  # How many blocks were folded
-    "Folds the decoder blocks of smp.Unet. Other decoders stay as they are."
+    "Folds the decoder blocks of smp.Unet, in each member of an ensemble. Other decoders stay as they are."
+    return sum(_fold_blocks(network) for network in members_of(model))
+
+
+def _fold_blocks(model: nn.Module) -> int:
+    "Of one network."
     blocks = getattr(getattr(model, "decoder", None), "blocks", None)
     if not isinstance(blocks, nn.ModuleList) or not all(_foldable(b) for b in blocks):
         return 0

@@ -23,6 +23,7 @@ from ..core.results import CheckpointMeta
 from .autoencoder import create_autoencoder
 from .baselines import BASELINES, baseline_of
 from .classifier import create_classifier
+from .ensemble import build_ensemble
 from .unet import create_unet
 
 # %% ../../nbs/21_models.checkpoint.ipynb #0a9a6c15
@@ -130,8 +131,8 @@ def autoencoder_of(
 def segmenter_of(
     meta: CheckpointMeta,  # Of any segmentation task
 ) -> nn.Module:  # Random weights
-    "The UNet that a description speaks of."
-    return create_unet(meta.arch, meta.encoder, meta.in_channels, len(meta.classes))
+    "The UNet that a description speaks of, or as many as vote."
+    return build_ensemble(lambda: create_unet(meta.arch, meta.encoder, meta.in_channels, len(meta.classes)), int(meta.params.get("members", 1)))
 
 # %% ../../nbs/21_models.checkpoint.ipynb #283d350b
 def load_checkpoint(

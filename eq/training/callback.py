@@ -13,7 +13,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from ..core.device import autocast, is_out_of_memory, memory_format
 from ..core.registry import EqError
+from ..models.depthwise import QuickDepthwise
 
 # %% ../../nbs/34_training.callback.ipynb #13d19767
 @dataclass
@@ -95,18 +96,17 @@ class Precision(Callback):
         channels_last: bool = True,  # False: the memory order the batch came in
     ):
         self.device, self.precision, self.channels_last = device, precision, channels_last
-        self._context: AbstractContextManager = nullcontext()
+        self._context = ExitStack()
 
     def before_batch(self) -> None:
         if self.channels_last:
             self.learn.xb = tuple(x.contiguous(memory_format=memory_format(self.device)) for x in self.learn.xb)
-        self._context = autocast(self.device, self.precision)
-        self._context.__enter__()
+        self._context.enter_context(QuickDepthwise())
+        self._context.enter_context(autocast(self.device, self.precision))
 
     def leave(self) -> None:
         "Back to full precision; to be called as well when a step was broken off."
-        self._context.__exit__(None, None, None)
-        self._context = nullcontext()
+        self._context.close()
 
     def after_pred(self) -> None:
         self.leave()

@@ -13,6 +13,7 @@ from torch import nn
 from ..core.registry import EqError
 from ..core.results import CheckpointMeta
 from ..models.checkpoint import load_checkpoint
+from ..models.ensemble import members_of
 
 # %% ../../nbs/38_training.transfer.ipynb #45baf9d5
 HEADS = ("segmentation_head.", "layers.12.")  # last layer of the networks in eq.models.unet: smp's, and fastai's DynamicUnet
@@ -23,12 +24,12 @@ def transfer_weights(
     meta: CheckpointMeta,  # What it is to become
     start: Path | str,  # Checkpoint folder to start from
 ) -> str:  # SHA-256 of the weights it starts from, for `meta.parent`
-    "Copies all weights but the head; the head too when the classes agree. Raises EqError when architecture or encoder differ."
+    "Copies all weights but the head (of an ensemble, its first member's); the head too when the classes agree. Raises EqError when architecture or encoder differ."
     donor, of = load_checkpoint(start)
     for what in ("arch", "encoder", "in_channels"):
         if getattr(of, what) != getattr(meta, what):
             raise EqError(f"{start}: trained with {what} {getattr(of, what)!r}, this run uses {getattr(meta, what)!r}; they must agree for a transfer")
-    own, given = model.state_dict(), donor.state_dict()
+    own, given = model.state_dict(), members_of(donor)[0].state_dict()
     kept = {k: v for k, v in given.items() if of.classes == meta.classes or not k.startswith(HEADS)}
     model.load_state_dict({**own, **kept})
     return of.weights_sha256

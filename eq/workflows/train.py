@@ -21,7 +21,7 @@ from ..core.files import is_disk_full
 from ..core.provenance import LOG, Run, code_version, start_run
 from ..core.registry import EqError, unknown_name
 from ..core.results import CheckpointMeta
-from ..data.block import load_samples, speck_area
+from ..data.block import load_samples, object_width, speck_area
 from ..data.cohort import Cohort
 from ..data.crops import CropPlan, Sample
 from ..data.leakage import check_leaks
@@ -31,7 +31,8 @@ from ..data.split import Split, split_cohort
 from ..inference.gate import fit_gate
 from ..models.checkpoint import checkpoint_folder, read_meta
 from ..models.unet import create_unet
-from ..training.fit_segment import FitOptions, FitResult, fit_segment
+from ..training.ensemble import fit_ensemble
+from ..training.fit_segment import FitOptions, FitResult
 from ..training.transfer import transfer_weights
 from .cli import Option, with_options
 from .rehearsal import rehearse
@@ -128,12 +129,15 @@ def common_px_size(
 def working_factor(
     task: TaskConfig,  # Section of the task
     px_size_um: float | None,  # Of the training images, None where unknown
+    width: Callable[[], float],  # Measures how wide their objects are, pixels
     given: float | None = None,  # Asked for in this run
 ) -> float:  # Original pixels that one working pixel spans along one side
-    "By what factor training images are made smaller."
+    "By what factor training images are made smaller. Below 1 they are made larger, but no more than twice."
     if given is not None:
         return given
-    return task.scale if px_size_um is None else round(task.working_um / px_size_um, 6)
+    if px_size_um is not None:
+        return round(task.working_um / px_size_um, 6)
+    return task.scale or max(0.5, round(width() / task.width, 2))
 
 # %% ../../nbs/73_workflows.train.ipynb #df6122eb
 def with_network(
@@ -166,7 +170,7 @@ def _train(request: TrainRequest, split: Split, run: Run) -> FitResult:
     for path in used + masks:
         run.add_input(path)
     px_size_um = common_px_size(split.train)
-    scale = working_factor(task, px_size_um, request.values.get("scale"))
+    scale = working_factor(task, px_size_um, lambda: object_width(split.train), request.values.get("scale"))
     samples, valid = (load_samples(c, scale, request.quiet) for c in (split.train, split.validate))
     _need_objects({"training": samples, "validation": valid}, split.train)
     meta = _description(request, split, px_size_um, scale, (train, task))
@@ -181,7 +185,7 @@ def _train(request: TrainRequest, split: Split, run: Run) -> FitResult:
     if began:
         options, meta, samples = began.options, began.meta, [*samples, *began.aside]
         run.log.info("painted images beside the real ones", **{k: v for k, v in meta.data["painted"].items() if k != "scale"})
-    result = fit_segment(model, samples, valid, options, meta, run.dir, resume=request.resume)
+    result = fit_ensemble(model, samples, valid, options, meta, run.dir, task.members, request.resume)
     if began:
         result = replace(result, crops=result.crops + began.crops, seconds=result.seconds + began.seconds)
     _add_gate(run.dir, split, train.device, run)
