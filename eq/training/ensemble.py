@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from ..core.device import pick_device
 from ..core.files import plain
 from ..core.results import CheckpointMeta
 from ..data.crops import Sample
@@ -91,9 +92,9 @@ def fit_ensemble(
         own = folder / FOLDER / str(i)
         done = _finished(own) if resume else None
         found.append(done or fit_segment(copy.deepcopy(model), train, valid, share_of(options, members, i), meta, own, resume))
-    first = found[0].meta
-    ensemble = Ensemble([load_checkpoint(r.folder)[0] for r in found]).eval()
-    score = validate(ensemble, valid, Eye(first.mean, first.std, options.device, options.precision), options.ttas)
+    first, device = found[0].meta, str(pick_device(options.device))
+    ensemble = Ensemble([load_checkpoint(r.folder)[0] for r in found]).eval().to(device)
+    score = validate(ensemble, valid, Eye(first.mean, first.std, device, options.precision), options.ttas)
     crops, seconds = sum(r.crops for r in found), sum(r.seconds for r in found)
     metrics = {"validation_dice": score.dice, "step": sum(int(r.meta.metrics["step"]) for r in found), "seconds": seconds, "crops": crops, "kept": options.keep,
                "members": [r.meta.metrics["validation_dice"] for r in found]}
