@@ -34,8 +34,8 @@ include benchmarks/peers.mk  # the peers' own environment
 bench: $(STAMP) peers  ## Every benchmark, side by side with its peers; results in benchmarks/results (hours)
 	@$(BIN)/eq bench all $(ARGS)
 
-run-notebooks: $(STAMP)  ## The four parameterised notebooks of nbs/runs with their defaults
-	@for n in mitochondria glomeruli endotheliosis kidney_ct; do $(BIN)/eq run $$n $(ARGS); done
+run-notebooks: $(STAMP)  ## The five parameterised notebooks of nbs/runs with their defaults
+	@for n in mitochondria glomeruli endotheliosis kidney_ct anomaly; do $(BIN)/eq run $$n $(ARGS); done
 
 pipeline: $(STAMP)  ## The stages of the kidney CT classifier that something changed for (dvc.yaml)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" DVC_NO_ANALYTICS=1 dvc repro $(ARGS)

@@ -10,10 +10,10 @@ __all__ = ['NOT_KEYS', 'DataConfig', 'TrainConfig', 'TaskConfig', 'PredictConfig
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from .config_pictures import AnomalyConfig, ClassifyConfig
 from .files import plain
@@ -29,10 +29,16 @@ class DataConfig(Strict):
     seed: int = Field(ge=0, description="Seed of splits and of synthetic images")
 
 
+def _yes_or_no(value: Any) -> Any:
+    "What a command line can only spell."
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
 class TrainConfig(Strict):
     "How networks are trained."
 
-    pretrained: bool = Field(description="Start from ImageNet weights (from an installed package, the hub's cache or the hub); an error when they cannot be had")
+    pretrained: Annotated[bool | str, BeforeValidator(_yes_or_no)] = Field(
+        description="true: start from ImageNet weights (from an installed package, the hub's cache or the hub); false: from nothing; or a .safetensors file of an encoder")
     minutes: float | None = Field(gt=0, description="Stop after this time; null goes by epochs")
     epochs: int = Field(ge=1, description="Passes over the training crops, unless minutes are given")
     batch_size: int = Field(ge=1, description="Crops a step")
@@ -56,7 +62,7 @@ class TaskConfig(Strict):
     lr: float = Field(gt=0, description="Highest learning rate of AdamW")
     working_um: float = Field(gt=0, description="Pixel size the network works at, micrometres, for images whose own is known")
     width: float = Field(gt=0, description="Images of unknown pixel size are brought to where objects are so many pixels wide")
-    scale: float | None = Field(gt=0, description="Images of unknown pixel size are made smaller by this factor, null: by what `width` asks for; given for one run, it always holds")
+    scale: float | None = Field(gt=0, description="By how much images of unknown pixel size are made smaller; null: as `width` asks; given for one run, it always holds")
     recipe: str = Field(description="Registered augmentation")
     positive: float = Field(ge=0, le=1, description="Share of crops centred near an object")
     paste: float = Field(ge=0, le=1, description="Chance that an object of another image is pasted into a crop")
@@ -159,6 +165,14 @@ def _check_key(key: str, what: str) -> tuple[str, ...]:
     return section, *rest
 
 
+def _yaml(name: str, text: str) -> Any:
+    "A value as YAML. Raises EqError naming the variable for what cannot be read."
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise EqError(f"the environment variable {name} is {text!r}, which is no YAML value ({str(error).splitlines()[0]}); put text in quotes") from error
+
+
 def _from_environment() -> dict[str, Any]:
     "Dotted keys to values from EQ__SECTION__KEY. Values are read as YAML, so 5, true, null and [0, 1] mean what they look like."
     found = {}
@@ -166,7 +180,7 @@ def _from_environment() -> dict[str, Any]:
         if name.startswith("EQ__") and name not in NOT_KEYS:
             key = ".".join(name.removeprefix("EQ__").lower().split("__"))
             _check_key(key, f"the environment variable {name}:")
-            found[key] = text if key == "data.root" else yaml.safe_load(text)  # a folder may be called 2026
+            found[key] = text if key == "data.root" else _yaml(name, text)  # a folder may be called 2026
     return found
 
 # %% ../../nbs/00_core.config.ipynb #f795d77d

@@ -9,7 +9,6 @@ __all__ = ['Probe', 'DEVICES', 'PREFERRED', 'CPU_FLAGS', 'PRECISIONS', 'T', 'R',
 
 # %% ../../nbs/07_core.device.ipynb #11f69568
 import gc
-import os
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +18,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import psutil
-
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 import torch
 
 from .registry import EqError, Registry, unknown_name

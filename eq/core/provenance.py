@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple, Self
 
+from .config import load_config
 from .environment import code_version, environment
 from .files import TEMP_PREFIX, list_files, plain, read_json, sha256_bytes, sha256_path, without_secrets, write_error, write_json
 from .logs import Logger, read_log
@@ -78,7 +79,7 @@ class Record:
         command: str,  # How to do it again
     ):
         self.name, self.dir, self.params, self.command = name, folder, plain(params), command
-        self.log = Logger(folder / LOG)
+        self.log = Logger(folder / LOG, load_config().log.level)
         self.status, self.started = "running", _now()
         self.inputs: dict[str, dict[str, Any]] = {}  # by absolute path
         self.metrics: dict[str, Any] = {}

@@ -66,6 +66,8 @@ def read_sheet(
         raise EqError(f"{path.name} is not a score sheet that eq reads; choose from {sorted(readers)}")
     raw = readers[path.suffix.lower()](path, sheet)
     raw.columns = [str(c).strip() for c in raw.columns]
+    if twice := sorted({c for c in raw.columns if list(raw.columns).count(c) > 1}):
+        raise EqError(f"{path.name} has the columns {twice} more than once; give each a name of its own")
     cells = {c: [_cell(v, f"{path.name}, column {c!r}, row {i + 2}") for i, v in enumerate(raw[c])] for c in raw.columns}
     table = pd.DataFrame(cells, dtype=object, index=range(2, len(raw) + 2))  # row 1 is the header
     return table.loc[[any(row) for row in zip(*cells.values(), strict=True)]]

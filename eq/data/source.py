@@ -64,6 +64,15 @@ FOLDER = add_source(
 )
 
 # %% ../../nbs/19f_data.source.ipynb #cfb4b285
+def _existing(name: str | Path) -> Path | None:
+    "A file or folder of this name; None also for a name that no file can have, and for the home of nobody."
+    try:
+        path = Path(name).expanduser()
+        return path if path.is_file() or path.is_dir() else None
+    except (RuntimeError, OSError):
+        return None
+
+
 def load_source(
     name: str | Path,  # A name of SOURCES, a cohort CSV, or a folder of images
     root: str | Path | None = None,  # The data root; None: EQ__DATA__ROOT or its default. For "folder", the folder
@@ -73,9 +82,7 @@ def load_source(
         raise EqError("source 'folder' needs a folder: give its path in place of the name")
     if str(name) in SOURCES:
         return SOURCES[str(name)].load(Path(root).expanduser() if root is not None else data_root())
-    path = Path(name).expanduser()
-    if path.is_file():
-        return load_cohort(path)
-    if path.is_dir():
-        return load_folder(path)
+    path = _existing(name)
+    if path is not None:
+        return load_folder(path) if path.is_dir() else load_cohort(path)
     raise EqError(f"{unknown_name('source', str(name), SOURCES.names())}, or give the path of a cohort CSV or of a folder of images")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..core.config import load_config
 from ..core.files import sha256_bytes
 from ..core.paths import outputs_root
 from ..core.registry import Registry
@@ -54,7 +55,7 @@ def load_synthetic(
 # %% ../../nbs/19g_data.source_synthetic.ipynb #9297a69f
 @dataclass(frozen=True)
 class SyntheticSource(Source):
-    "A source that is generated with the generator's defaults and seed 0."
+    "A source that is generated with the generator's defaults and the seed of section `data`."
 
     def where(self, root: Path) -> Path:
         "Below the outputs folder; the data root plays no part."
@@ -62,11 +63,11 @@ class SyntheticSource(Source):
 
     def load(self, root: Path) -> Cohort:
         "Generate on first use, else read."
-        return load_synthetic(self.name)
+        return load_synthetic(self.name, load_config().data.seed)
 
 
 def _rows(name: str) -> Callable[[Path], pd.DataFrame]:
-    return lambda folder: load_synthetic(name).table
+    return lambda folder: load_synthetic(name, load_config().data.seed).table
 
 # %% ../../nbs/19g_data.source_synthetic.ipynb #fd9c62ec
 SYNTHETIC_KIDNEY = add_source(

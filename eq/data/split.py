@@ -15,6 +15,7 @@ from inspect import signature
 import numpy as np
 import pandas as pd
 
+from ..core.config import load_config
 from ..core.registry import EqError, Registry, unknown_name
 from .cohort import Cohort, natural_key
 
@@ -56,7 +57,8 @@ class Split:
     def summary(self) -> pd.DataFrame:  # One row a part: images, units, names of the units
         "What a report shows of a split."
         rows = [(name, len(c), len(c.units), ", ".join(c.units)) for name, c in self.parts.items()]
-        return pd.DataFrame(rows, columns=["part", "images", f"{self.unit}s", "which"])
+        table = pd.DataFrame(rows, columns=["part", "images", f"{self.unit}s", "which"])
+        return table.loc[:, ~table.columns.duplicated()]  # where each image is a unit, they are counted once
 
 # %% ../../nbs/13_data.split.ipynb #05b9378b
 STRATA = ("group", "label", "stain", "score")  # In the order in which they are balanced
@@ -205,6 +207,9 @@ def blocks(
 # %% ../../nbs/13_data.split.ipynb #0d8af382
 def _options(scheme: str, given: dict[str, int | float | str]) -> None:
     valid = [name for name in signature(SCHEMES[scheme]).parameters if name != "cohort"]
+    if given and not valid:
+        schemes = [name for name in SCHEMES.names() if name != scheme]
+        raise EqError(f"the {scheme} split has no options, given were {sorted(given)}: its parts stand in the cohort; for another split choose the scheme from {schemes}")
     for name in given:
         if name not in valid:
             raise unknown_name(f"option of the {scheme} split", name, valid)
@@ -224,6 +229,8 @@ def split_cohort(
     cohort.permit(purpose)
     scheme = scheme or _default_scheme(cohort)
     _options(scheme, options)
+    if (seed := load_config().data.seed) and "seed" in signature(SCHEMES[scheme]).parameters:
+        options = {"seed": seed, **options}
     cohort, parts, left_out = SCHEMES[scheme](cohort, **options)
     part = np.array(parts, dtype=object)
     if "not_for_training" in cohort.table:

@@ -82,7 +82,7 @@ def no_weights(
     why = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
     known = ", ".join(f"tu-{n}" for n in PACKAGED if weights_path(PACKAGED[n]))
     return EqError(f"ImageNet weights for {name!r} cannot be had ({why}); give a local file (pretrained=/path/model.safetensors), "
-                   f"ask for pretrained=False, or take a network whose weights are installed: {known or 'none is'}")
+                   f"ask for pretrained=False (on the command line --pretrained FILE, or false), or take a network whose weights are installed: {known or 'none is'}")
 
 
 def packaged_or_hub(

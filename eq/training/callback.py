@@ -15,14 +15,15 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from fastai.callback.core import Callback, CancelFitException, CancelValidException
+from fastai.callback.core import Callback, CancelFitException, CancelStepException, CancelValidException
 from fastai.learner import Learner
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..core.device import autocast, is_out_of_memory, memory_format
+from ..core.device import autocast, is_out_of_memory, memory_format, pick_precision
 from ..core.registry import EqError
 from ..models.depthwise import QuickDepthwise
 
@@ -85,7 +86,7 @@ class Schedule(Callback):
 
 # %% ../../nbs/34_training.callback.ipynb #a011cda2
 class Precision(Callback):
-    "Runs the forward pass in mixed precision on channels-last batches; predictions come back in float32."
+    "Runs the forward pass in mixed precision on channels-last batches; predictions come back in float32. In fp16 the loss is scaled, or small gradients would be 0."
 
     order = 5
 
@@ -97,6 +98,8 @@ class Precision(Callback):
     ):
         self.device, self.precision, self.channels_last = device, precision, channels_last
         self._context = ExitStack()
+        half = pick_precision(device, precision) == "fp16"
+        self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=half)
 
     def before_batch(self) -> None:
         if self.channels_last:
@@ -107,6 +110,25 @@ class Precision(Callback):
     def leave(self) -> None:
         "Back to full precision; to be called as well when a step was broken off."
         self._context.close()
+
+    def before_backward(self) -> None:
+        self.learn.loss_grad = self.scaler.scale(self.learn.loss_grad)
+
+    def before_step(self) -> None:
+        self._stepped = False
+        self.scaler.step(self)  # calls `step` below, unless a gradient overflowed
+        self.scaler.update()
+        if not self._stepped:
+            raise CancelStepException
+
+    def step(self) -> None:
+        "What the scaler takes for an optimiser's step; the real one follows in fastai's loop."
+        self._stepped = True
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # Of the optimiser, for the scaler
+        "Whose gradients are brought back to scale."
+        return getattr(self.learn.opt, "opt", self.learn.opt).param_groups
 
     def after_pred(self) -> None:
         self.leave()

@@ -63,6 +63,8 @@ class FitOptions:
         for name, value in positive.items():
             if value <= 0:
                 raise EqError(f"{name} = {value}; valid: above 0")
+        if self.batch_size == 1 and self.crops.size <= 32:
+            raise EqError(f"batch_size 1 with crops of {self.crops.size} pixels leaves one value a channel to normalise; valid: larger crops, or 2 and more of them")
         if self.keep not in ("best", "last"):
             raise EqError(f"keep = {self.keep!r}; valid: 'best' or 'last'")
 
@@ -166,7 +168,7 @@ def end_epoch(
 class FitResult:
     "What a training run leaves behind."
 
-    folder: Path  # model.safetensors, model.json, history.csv, curves.png, checkpoints/
+    folder: Path  # model.safetensors, model.json, history.csv, curves.png; checkpoints/ of a single network
     meta: CheckpointMeta
     history: list[dict[str, Any]]  # one row an epoch
     crops: int  # training crops seen

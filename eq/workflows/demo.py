@@ -25,13 +25,15 @@ from ..data.block import load_samples
 from ..data.cohort import Cohort, load_cohort
 from ..data.split import split_cohort
 from ..data.synthetic import write_em_cohort, write_kidney_cohort
-from ..inference.evaluate import ScoreOptions, evaluate_cohort
+from ..inference.evaluate import evaluate_cohort
 from ..inference.segment import Segmenter
 from ..models.otsu import OtsuBaseline, choose_otsu
 from ..reporting.overlay import TRUTH, draw_outlines
 from ..reporting.render import Check, Figure, Section, Stat
 from .demo_study import StudyEnd, demo_study, paint_study
+from .evaluate import score_options
 from .outcome import Outcome, outlined, telling_images, write_outcome
+from .predict import chosen_engine
 from .train import TrainRequest, train_segmentation
 
 # %% ../../nbs/71_workflows.demo.ipynb #19c1c406
@@ -158,8 +160,8 @@ def demo_outcome(
     began = perf_counter()
     em, kidney = paint_images(run.dir, plan)
     trainings = train_both(run.dir, em, kidney, plan)
-    split, segmenter = split_cohort(kidney), Segmenter.from_checkpoint(trainings["Glomeruli"])
-    evaluation = evaluate_cohort(segmenter, split.test, ScoreOptions(seed=plan.seed))
+    split, segmenter = split_cohort(kidney), Segmenter.from_checkpoint(trainings["Glomeruli"], chosen_engine())
+    evaluation = evaluate_cohort(segmenter, split.test, score_options(plan.seed))
     otsu, rival = threshold_scores(split.train, split.test)
     dice, middle = evaluation.summary["dice"].estimate, evaluation.images[telling_images(evaluation).get("median", 0)].image
     against = against_threshold(segmenter, otsu, split.test, {"network": dice, f"Otsu on {otsu.channel}": rival.dice}, middle)

@@ -172,14 +172,12 @@ def attempt(
     progress: Callable[[int], object] = lambda n: None,  # Told of tiles that are dealt with
 ) -> dict[str, Any]:  # The row, also where it failed
     "Predicts, or says why not. Raises EqError on a full disk."
-    if (row := finished(job)) is not None:
-        return row
     try:
-        return predict_one(job, progress)
+        return finished(job) or predict_one(job, progress)
     except EqError as error:
         if is_disk_full(error, job.final.parent):
             raise
-        if (row := finished(job)) is not None:  # a worker that was thought dead was faster
+        if job.path.exists() and (row := finished(job)) is not None:  # a worker that was thought dead was faster
             return row
         return {"image": str(job.path), "folder": "", "status": "failed", "note": str(error)}
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..core.objects import typical_width
-from ..core.registry import EqError, Registry
+from ..core.registry import Registry
 from ..core.results import CheckpointMeta
 from ..data.block import load_samples
 from ..data.cohort import Cohort

@@ -58,7 +58,10 @@ def notebook_parameters(
 
 def _typed(name: str, text: str, default: Any) -> Any:
     "A parameter's value as the type of its default."
-    value = text if isinstance(default, str) else yaml.safe_load(text)
+    try:
+        value = text if isinstance(default, str) else yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise EqError(f"parameter {name} is {text!r}, which cannot be read; it must be {type(default).__name__}, for example {default!r}") from error
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if default is not None and type(value) is not type(default):

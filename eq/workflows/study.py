@@ -28,8 +28,8 @@ from ..quantification.features import FeatureOptions, feature_table, feature_uni
 from ..quantification.instances import ArrayLabels, LabelImage, records
 from ..quantification.regions import roi_box
 from .predict import PredictRequest, predict_images
+from .resolution import common_px_size
 from .stages import Study, add_stage, keep_table
-from .train import common_px_size
 
 # %% ../../nbs/75c_workflows.study.ipynb #02d49228
 @dataclass(frozen=True)
