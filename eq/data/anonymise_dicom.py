@@ -25,6 +25,8 @@ _DROPPED = {"IconImageSequence", "ReferencedPatientPhotoSequence", "OriginalAttr
             "MACParametersSequence", "EncryptedAttributesSequence", "ContentSequence", "PatientInsurancePlanCodeSequence", "DataSetTrailingPadding",
             "RequestedProcedureCodeSequence", "OperatorIdentificationSequence", "InstitutionCodeSequence", "AdmittingDiagnosesCodeSequence",
             "ModifiedAttributesSequence", "ReferencedStudySequence", "ReferencedPatientSequence", "OtherPatientIDsSequence"}
+_LONGEST = {"SH": 16, "CS": 16, "AE": 16}  # characters (PS3.5, 6.2); the others have room for 64
+_DIRECTORY = "1.2.840.10008.1.3.10"  # DICOMDIR: names and places of other files
 _STANDARD = "1.2.840.10008."  # UIDs of the standard itself: classes, transfer syntaxes
 
 
@@ -82,7 +84,7 @@ def clean_dataset(
                 continue
             element.value = changed
         elif what == "map":
-            element.value = salt.mapped(text)
+            element.value = salt.mapped(text, _LONGEST.get(element.VR, 64))
         elif what == "empty":
             element.value = None
         else:
@@ -103,15 +105,23 @@ def _may_hold_text(data: Any) -> str:
     "Why the pixels may hold writing; empty where nothing says so."
     if str(data.get("BurnedInAnnotation", "")).upper() == "YES":
         return "BurnedInAnnotation says YES"
+    if "PixelData" not in data:
+        return ""
     try:
-        pixels = data.pixel_array
+        for number, frame in enumerate(_pydicom().pixels.iter_pixels(data)):
+            if looks_like_text(frame if frame.ndim == 2 else frame[..., :3].mean(axis=-1)):
+                return f"frame {number} looks like writing"
     except (ValueError, AttributeError, NotImplementedError, RuntimeError) as error:
-        return f"pixels could not be looked at ({type(error).__name__})" if "PixelData" in data else ""
-    plane = pixels
-    while plane.ndim > 2 and not (plane.ndim == 3 and plane.shape[-1] in (3, 4)):
-        plane = plane[0]
-    grey = plane if plane.ndim == 2 else plane[..., :3].mean(axis=-1)
-    return "the first frame looks like writing" if looks_like_text(grey) else ""
+        return f"pixels could not be looked at ({type(error).__name__})"
+    return ""
+
+
+def _check_kind(data: Any, path: Path) -> None:
+    kind = [str(v).upper() for v in data.get("ImageType") or []]
+    if {"LABEL", "OVERVIEW"} & set(kind) or str(data.get("SpecimenLabelInImage", "")).upper() == "YES":
+        raise EqError(f"{path} is a picture of the glass ({'/'.join(kind)}); it shows the label and is not copied")
+    if data.file_meta.get("MediaStorageSOPClassUID") == _DIRECTORY:
+        raise EqError(f"{path} is a DICOMDIR, a list of other files by patient; it is not copied")
 
 # %% ../../nbs/10r_data.anonymise_dicom.ipynb #c9fc05a5
 def anonymise_dicom(
@@ -123,9 +133,7 @@ def anonymise_dicom(
     dicom = _pydicom()
     with decoding(path, "dicom"):
         data = dicom.dcmread(path)
-        kind = [str(v).upper() for v in data.get("ImageType", [])]
-        if {"LABEL", "OVERVIEW"} & set(kind):
-            raise EqError(f"{path} is a picture of the glass ({'/'.join(kind)}); it shows the label and is not copied")
+        _check_kind(data, path)
         said = _may_hold_text(data)
         found = clean_dataset(data, path.name, salt)
         syntax = data.file_meta.TransferSyntaxUID
@@ -141,4 +149,5 @@ def anonymise_dicom(
     return found
 
 
-ANONYMISERS.register(".dcm")(anonymise_dicom)
+for _suffix in (".dcm", ".dicom"):
+    ANONYMISERS.register(_suffix)(anonymise_dicom)
