@@ -122,10 +122,10 @@ SECTION_WEIGHTS.register("profile")(lambda table: np.ones(len(table)))
 
 @SECTION_WEIGHTS.register("sphere")
 def sphere_weights(
-    table: pd.DataFrame,  # With eq_diameter_px
-) -> np.ndarray:  # Proportional to 1 / diameter, 1 for the mean diameter
+    table: pd.DataFrame,  # All profiles that are to be compared, with eq_diameter_um where it is known, else eq_diameter_px
+) -> np.ndarray:  # Proportional to 1 / diameter, 1 for the mean diameter of the table
     "Fullman 1953: spheres per volume from profiles per area, up to a factor."
-    diameter = table["eq_diameter_px"].to_numpy(float)
+    diameter = table["eq_diameter_um" if "eq_diameter_um" in table else "eq_diameter_px"].to_numpy(float)
     return diameter.mean() / diameter if len(diameter) else diameter
 
 # %% ../../nbs/50c_quantification.counting.ipynb #01016f81
@@ -136,6 +136,19 @@ def count_instances(
 ) -> pd.DataFrame:  # The same rows with `status`, `reason` and `weight`
     "The ledger of one picture. Raises EqError for an unknown gate verdict."
     rules = rules or CountingRules()
+    return _by_section(_by_rule(labels, table, rules), rules)
+
+
+def _by_section(counted: pd.DataFrame, rules: CountingRules) -> pd.DataFrame:
+    "Weights of the section on top of those of the rule. Over all pictures at once: the factor that is free must be the same for each of them."
+    rows = (counted["status"] == "counted").to_numpy()
+    weight = counted["weight"].to_numpy(float, copy=True)
+    weight[rows] *= SECTION_WEIGHTS[rules.section](counted[rows])
+    return counted.assign(weight=weight)
+
+# %% ../../nbs/50c_quantification.counting.ipynb #5e3c1b07
+def _by_rule(labels: LabelImage | np.ndarray, table: pd.DataFrame, rules: CountingRules) -> pd.DataFrame:
+    "Status, reason and the weight that the rule gives."
     field = Field(ArrayLabels(labels) if isinstance(labels, np.ndarray) else labels, table, rules)
     chosen, weight = RULES[rules.rule](field)
     refused, small = _refused(table), _too_small(table, rules)
@@ -144,12 +157,8 @@ def count_instances(
         reasons.append(by_gate or by_size or by_rule)
         partial = bool(cut) and not by_gate and not by_size and by_rule.startswith(CUT)
         status.append("partial" if partial else "excluded" if reasons[-1] else "counted")
-    out = table.copy()
-    out["status"], out["reason"] = status, reasons
-    counted = (out["status"] == "counted").to_numpy()
-    out["weight"] = 0.0
-    out.loc[counted, "weight"] = weight[counted] * SECTION_WEIGHTS[rules.section](table.loc[counted])
-    return out
+    counted = np.array([s == "counted" for s in status], bool)
+    return table.assign(status=status, reason=reasons, weight=np.where(counted, weight, 0.0))
 
 # %% ../../nbs/50c_quantification.counting.ipynb #0fc41abf
 def _refused(table: pd.DataFrame) -> list[str]:
@@ -208,13 +217,15 @@ def glomeruli_table(
         missing = [i.image for i in images if getattr(i, what) is None]
         if 0 < len(missing) < len(images):
             raise EqError(f"{what} is known for some images but not for {len(missing)}, the first of them {missing[0]}; give it for all or none")
-    parts = []
+    parts, rules = [], rules or CountingRules()
     for stem, one in zip(stems, images, strict=True):
-        table = count_instances(one.labels, _gated(instance_table(one.labels, one.px_size_um), one.gate), rules)
+        table = _by_rule(one.labels, _gated(instance_table(one.labels, one.px_size_um), one.gate), rules)
         known = {"id": [f"{stem}#{n}" for n in table["label"]], "image": one.image, "label": table["label"], "subject": one.subject, "group": one.group}
         known |= {"section": one.section} if any(i.section is not None for i in images) else {}
         parts.append(pd.DataFrame(known, index=table.index).join(table.drop(columns="label")))
-    return pd.concat([p for p in parts if len(p)] or parts[:1], ignore_index=True) if parts else pd.DataFrame(columns=list(KEYS[:5]))
+    if not parts:
+        return pd.DataFrame(columns=list(KEYS[:5]))
+    return _by_section(pd.concat([p for p in parts if len(p)] or parts[:1], ignore_index=True), rules)
 
 # %% ../../nbs/50c_quantification.counting.ipynb #6970da7c
 def ledger_of(

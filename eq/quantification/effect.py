@@ -44,16 +44,21 @@ class Effect(Result):
     level: float = 0.95  # Coverage of the interval
     p_holm: Measure = float("nan")  # p-value adjusted for all groups that were compared; the same where there is one
 
+    @property
+    def ends(self) -> str:  # For example "+0.13 to +1.21"; "no interval" where there is neither end
+        "The interval in words, whatever is known of it."
+        if self.low != self.low:
+            return "no interval" if self.high != self.high else f"no end below to {self.high:+.2f}"
+        return f"{self.low:+.2f} to " + ("no end" if self.high != self.high else f"{self.high:+.2f}")
+
     def __str__(self) -> str:
-        ends = " to ".join("no end" if e != e else f"{e:+.2f}" for e in (self.low, self.high))
-        ends = "no interval" if self.low != self.low and self.high != self.high else ends
         test = "" if self.p != self.p else f", p = {self.p:.3g}"
-        return f"{self.groups[1]} - {self.groups[0]}: {self.estimate:+.2f} grades ({ends}{test}; {self.n_animals} animals)"
+        return f"{self.groups[1]} - {self.groups[0]}: {self.estimate:+.2f} grades ({self.ends}{test}; {self.n_animals} animals)"
 
     @property
     def clear(self) -> bool:  # False as well where there is no interval
-        "The interval does not contain 0."
-        return self.low > 0 or self.high < 0
+        "The interval does not contain 0, and no chance among several groups explains it: Holm's p-value is low too."
+        return (self.low > 0 or self.high < 0) and not self.p_holm > 1 - self.level
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from .calibrate import CALIBRATORS, Correction, choose_calibrator, cross_correct
 from .conformal import SetRule, calibrate_sets, median_grade, prediction_sets
 from .grader import GRADERS, STEPS, Examples, Grader, directions_of, grade_chances
 from .panel import LEAST_SHARED, PanelModel, fit_panel, score_matrix, severity, shared_count
-from .raters import consensus
+from .raters import consensus, median_score
 
 # %% ../../nbs/53f_quantification.grade_model.ipynb #e99697ac
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def subject_folds(
     names = data.scored_subjects
     if len(names) < 2 or k < 2:
         raise EqError(f"{len(names)} scored animals and {k} folds: nothing can be held out; valid: two or more of both")
-    score = consensus(data.ratings).groupby(data.subjects).mean().reindex(names)
+    score = median_score(data.ratings).groupby(data.subjects).mean().reindex(names)
     group = data.groups.groupby(data.subjects).first().reindex(names)
     luck = np.random.default_rng([seed, 13]).permutation(len(names))
     order = sorted(range(len(names)), key=lambda i: (group.iloc[i], round(float(score.iloc[i]), 6), luck[i]))

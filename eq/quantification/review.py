@@ -27,9 +27,9 @@ from .trial import PROBABILITIES, read_trial
 # %% ../../nbs/58_quantification.review.ipynb #819a123a
 @dataclass(frozen=True)
 class _Stakes:
-    "What the variance of an effect is made of, by animal; unsettled and doubt change as glomeruli are reviewed."
+    "What the variance of the effects, one a group, is made of, by animal; unsettled and doubt change as glomeruli are reviewed."
 
-    pull: np.ndarray  # (A,) squared weight of each animal in the effect
+    pull: np.ndarray  # (A,) squared weight of each animal in the effects, summed over them
     error: np.ndarray  # (A,) variance of the grader's error on the whole animal
     slope: float  # Variance that the slope's uncertainty adds while nothing is settled
     open_all: np.ndarray  # (A,) variance left open before any review, weighted sum
@@ -43,12 +43,13 @@ def _stakes(scores: pd.DataFrame, calibration: Calibration, control: str | None)
     model = model_animals(reading, herd.group)
     total = (model.true + model.error)[0]
     within = np.bincount(herd.group, 1 / total)[herd.group]
-    pull = (1 / total / within) ** 2
+    others = len(trial.groups) - 1
+    pull = (1 / total / within) ** 2 * np.where(herd.group == 0, others, 1)  # the control stands in every comparison
     sizes = np.diff(np.append(herd.start, len(herd.p)))
     animal = np.repeat(np.arange(len(sizes)), sizes)
     _, variance = grade_moments(herd.p)
     means = [np.average(reading.mean[0][herd.group == g], weights=(1 / total)[herd.group == g]) for g in range(len(trial.groups))]
-    slope = (calibration.slope_se / calibration.slope) ** 2 * float(np.mean((np.array(means[1:]) - means[0]) ** 2))
+    slope = (calibration.slope_se / calibration.slope) ** 2 * float(np.sum((np.array(means[1:]) - means[0]) ** 2))
     open_all = np.bincount(animal, herd.weight * (variance + herd.settled))
     shared = np.minimum(np.full(len(sizes), calibration.between / calibration.slope**2), float(model.fit.between[0]))
     table = pd.DataFrame({"id": trial.ids, "animal": animal, "variance": variance, "own": herd.weight * variance, "size": reading.size[0][animal]})
@@ -62,7 +63,7 @@ def review_queue(
     control: str | None = None,  # Name of the control group
     minutes: float | Mapping[str, float] = 0.5,  # A look takes; one number, or one for each id
     most: int | None = None,  # Length of the queue; None: every glomerulus that is in doubt
-) -> pd.DataFrame:  # rank, id, gain (fall in variance), minutes, rate (gain a minute)
+) -> pd.DataFrame:  # rank, id, gain (fall in variance, summed over all groups that are compared with the control), minutes, rate (gain a minute)
     "Glomeruli by what a look at each is worth. Raises EqError for ids that are missing or not unique, or minutes that are not positive."
     if "id" not in scores.columns or scores["id"].duplicated().any():
         raise EqError("a review needs a column id with a different value in each row")
@@ -178,10 +179,10 @@ def review_curve(
     calibration: Calibration | None = None,  # From `calibrate`
     looks: tuple[int, ...] = (0, 20, 40, 80),  # Reviews after which the interval is computed
 ) -> pd.DataFrame:  # looks, width
-    "Width of the effect's interval as reviews come in."
+    "Width of the effects' intervals, a mean over groups, as reviews come in."
     rows = []
     for n in looks:
         answers = pd.DataFrame({"id": order[:n], "score": [truth[i] for i in order[:n]]})
-        effect = estimate_effect(apply_review(scores, answers) if n else scores, calibration, EffectPlan(draws=40, permutations=99)).full[0]
-        rows.append({"looks": n, "width": effect.high - effect.low})
+        effects = estimate_effect(apply_review(scores, answers) if n else scores, calibration, EffectPlan(draws=40, permutations=99)).full
+        rows.append({"looks": n, "width": float(np.mean([e.high - e.low for e in effects]))})
     return pd.DataFrame(rows)

@@ -157,29 +157,54 @@ LEVELS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6)
 class Sensitivity:
     "Effects at each overlap."
 
-    table: pd.DataFrame  # kind, dice, estimate, low, high, p, survives, note; the first row is the untouched cohort
+    table: pd.DataFrame  # group, kind, dice, estimate, low, high, p (Holm's), survives, note; the first row of a group is the untouched cohort
     measured: float | None = None  # Object Dice of the network that made the labels, None when unknown
+
+    def of(
+        self,
+        group: str,  # That was compared
+    ) -> "Sensitivity":  # The part that is about it
+        "One group against the control."
+        return Sensitivity(pd.DataFrame(self.table[self.table["group"] == group]), self.measured)
 
     @property
     def limit(self) -> float:  # NaN where there was no conclusion, or none survived
-        "The lowest overlap down to which every kind of error left the conclusion standing."
-        found = float("nan")
-        if not self.table["survives"].iloc[0]:
-            return found
-        for dice, rows in sorted(self.table.iloc[1:].groupby("dice"), reverse=True):
+        "The lowest overlap down to which every kind of error left every conclusion standing."
+        found, untouched = float("nan"), self.table["kind"] == "none"
+        concluded = self.table["group"].isin(self.table["group"][untouched & self.table["survives"]])
+        for dice, rows in sorted(self.table[~untouched & concluded].groupby("dice"), reverse=True):
             if not rows["survives"].all():
                 break
             found = float(dice)
         return found
 
     def sentence(self) -> str:  # For the report
-        "What a reader needs to know."
+        "What a reader needs to know, group by group."
+        if len(groups := self.table["group"].unique()) > 1:
+            return " ".join(f"{g}: {self.of(g).sentence()}" for g in groups)
         if not self.table["survives"].iloc[0]:
             return "There is no clear effect, so there is no conclusion that errors of outlines could overturn."
         if self.limit != self.limit:
             return f"The conclusion does not survive an object Dice of {self.table['dice'].iloc[1:].max():.2f}: it hangs on the outlines."
         known = "" if self.measured is None else f"; the outlines have {self.measured:.2f}, which is {'above' if self.measured >= self.limit else 'BELOW'} that"
         return f"The conclusion survives object Dice >= {self.limit:.2f} (eroded, dilated, dropped or merged objects){known}."
+
+# %% ../../nbs/57_quantification.sensitivity.ipynb #a41d70c9
+def _effects_of(
+    regrade: Regrade, labels: Mapping[str, np.ndarray], calibration: Calibration | None, plan: EffectPlan, groups: Sequence[str] = ()
+) -> list[dict[str, object]]:
+    "The effect of each group; of all that there are where none is named."
+    nan, found, note = float("nan"), {}, "no glomerulus of the group is left"
+    try:
+        found = {e.groups[1]: e for e in estimate_effect(regrade(labels), calibration, plan).full}
+    except EqError as error:  # nothing left to measure is a result, not a crash
+        note = str(error)
+    lost = {"estimate": nan, "low": nan, "high": nan, "p": nan, "clear": False, "note": note}
+    rows = []
+    for g in groups or list(found) or [""]:
+        e = found.get(g)
+        rows.append({"group": g} | (lost if e is None else {"estimate": e.estimate, "low": e.low, "high": e.high, "p": e.p_holm, "clear": e.clear, "note": e.note}))
+    return rows
 
 
 def measure_sensitivity(
@@ -190,22 +215,15 @@ def measure_sensitivity(
     plan: EffectPlan | None = None,  # Of the effect
     measured: float | None = None,  # Object Dice of the network that made the labels
 ) -> Sensitivity:  # The effect under every kind of error
-    "Perturbs, measures and grades again, and draws the effect of the first group again."
+    "Perturbs, measures and grades again, and draws the effect of every group again."
     plan = plan or EffectPlan()
-
-    def row(kind: str, dice: float, made: Mapping[str, np.ndarray]) -> dict[str, object]:
-        try:
-            e = estimate_effect(regrade(made), calibration, plan).full[0]
-        except EqError as error:  # nothing left to measure is a result, not a crash
-            nan = float("nan")
-            return {"kind": kind, "dice": dice, "estimate": nan, "low": nan, "high": nan, "p": nan, "clear": False, "note": str(error)}
-        return {"kind": kind, "dice": dice, "estimate": e.estimate, "low": e.low, "high": e.high, "p": e.p, "clear": e.clear, "note": e.note}
-
-    rows = [row("none", 1.0, labels)]
+    rows = [{"kind": "none", "dice": 1.0} | found for found in _effects_of(regrade, labels, calibration, plan)]
+    groups = [str(r["group"]) for r in rows]
     for kind in PERTURBATIONS:
         for dice in sorted(levels, reverse=True):
             made, reached = perturb_to(labels, kind, dice, plan.seed)
-            rows.append(row(kind, dice, made) | {"reached": reached})
+            rows += [{"kind": kind, "dice": dice, "reached": reached} | found for found in _effects_of(regrade, made, calibration, plan, groups)]
     table = pd.DataFrame(rows)
-    same = np.sign(table["estimate"]) == np.sign(table["estimate"].iloc[0])
+    first = dict(zip(groups, table["estimate"], strict=False))  # the rows of the untouched cohort
+    same = np.sign(table["estimate"]) == np.sign(table["group"].map(first))
     return Sensitivity(table.assign(survives=table["clear"] & same).drop(columns="clear"), measured)

@@ -17,25 +17,33 @@ from ..quantification.effect import FULL, HUMAN, NONE, Effect
 COLOURS = {FULL: "tab:blue", HUMAN: "dimgrey", NONE: "darkorange"}
 
 
+def _words(e: Effect, several: bool) -> str:
+    "What stands beside an effect."
+    test = "" if e.p != e.p else f"  p = {e.p:.2g}" + (f", Holm {e.p_holm:.2g}" if several and e.p_holm == e.p_holm else "")
+    return f"{'no estimate' if e.estimate != e.estimate else f'{e.estimate:+.2f}'} ({e.ends}){test}"
+
+
 def forest_plot(
     effects: Sequence[Effect],  # From top to bottom
     title: str = "",  # Above the plot
     width: float = 7.5,  # Inches
 ) -> Figure:  # Without a backend: save it, or show it in a notebook
-    "One line an effect: estimate, interval, p-value. Raises EqError when there is none."
+    "One line an effect: estimate, interval (an arrow where it has no end), p-value, with that of Holm where there are several groups. Raises EqError when there is none."
     if not effects:
         raise EqError("no effects to plot; valid: at least one")
+    several = len({e.groups for e in effects}) > 1
     figure = Figure(figsize=(width, 0.42 * len(effects) + 1.1), layout="constrained")
     ax = figure.subplots()
     for y, e in enumerate(effects):
         colour, dashed = COLOURS.get(e.noise, "dimgrey"), e.noise == NONE
-        ends = "no interval" if e.low != e.low or e.high != e.high else f"{e.low:+.2f} to {e.high:+.2f}"
-        if ends != "no interval":
-            ax.plot([e.low, e.high], [y, y], color=colour, lw=2.4 if e.noise == FULL else 1.4, ls="--" if dashed else "-", solid_capstyle="butt")
+        low, high = (e.estimate if end != end else end for end in (e.low, e.high))  # to the end that there is
+        if low < high:
+            ax.plot([low, high], [y, y], color=colour, lw=2.4 if e.noise == FULL else 1.4, ls="--" if dashed else "-", solid_capstyle="butt")
         if e.estimate == e.estimate:
             ax.plot(e.estimate, y, "s" if e.noise == FULL else "o", color=colour, ms=7 if e.noise == FULL else 5)
-        words = f"{e.estimate:+.2f} ({ends})" + ("" if e.p != e.p else f"  p = {e.p:.2g}")
-        ax.annotate(words, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=colour)
+        ax.annotate(_words(e, several), (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=colour)
+        if low < high and e.ends.count("no end"):
+            ax.annotate("", (float(e.high != e.high), y), (e.estimate, y), xycoords=("axes fraction", "data"), textcoords="data", arrowprops={"arrowstyle": "->", "color": colour})
     labels = [f"{e.groups[1]} - {e.groups[0]}: {e.model}" for e in effects]
     ax.set(yticks=range(len(effects)), yticklabels=labels, xlabel="difference of mean grade", title=title, ylim=(len(effects) - 0.4, -0.6))
     ax.tick_params(axis="y", labelsize=8)

@@ -24,7 +24,7 @@ from ..quantification.features import FeatureOptions, feature_table
 from ..quantification.grade import grade_glomeruli
 from ..quantification.grade_model import usable_features
 from ..quantification.instances import instance_table
-from ..quantification.raters import consensus
+from ..quantification.raters import median_score
 from .bench import Row, Sitting, slope, write_plot
 
 # %% ../../nbs/77n_workflows.bench_chain.ipynb #de9c67e2
@@ -75,7 +75,7 @@ def run_chain(
     usable, _ = usable_features(pd.concat(features).set_index("id"))
     scores = grade_glomeruli(usable, glomeruli, ratings).scores
     told["grade"], begin = time.perf_counter() - begin, time.perf_counter()
-    known = calibrate(scores.assign(score=consensus(ratings).reindex(scores["id"]).to_numpy()))
+    known = calibrate(scores.assign(score=median_score(ratings).reindex(scores["id"]).to_numpy()))
     effects = estimate_effect(scores, known, EffectPlan(permutations=999))
     told["effect"] = time.perf_counter() - begin
     told["all"] = sum(told.values())

@@ -46,7 +46,7 @@ def sensitivity_stage(
 ) -> None:
     "How wrong the outlines may be before the conclusion falls."
     o = options_of(study)
-    if not study.results["effects"].full[0].clear:
+    if not any(e.clear for e in study.results["effects"].full):
         raise EqError(NO_EFFECT)
     if (size := sum(found.height * found.width for _, _, found in opened(study))) > MAX_PX:
         raise EqError(f"{size / 1e6:.0f} million pixels of labels are too many to be changed and measured again; valid: up to {MAX_PX / 1e6:.0f} million")
@@ -58,7 +58,7 @@ def sensitivity_stage(
     plan = EffectPlan(o.control, o.draws, seed=o.seed)
     found = measure_sensitivity(labels, regrade, LEVELS, study.results["calibration"], plan)
     study.results["sensitivity"] = found
-    made = found.table.assign(what=[f"{r['kind']} {r['dice']:.3f}" for r in records(found.table)])
+    made = found.table.assign(what=[f"{r['group']}, {r['kind']} {r['dice']:.3f}" for r in records(found.table)])
     keep_table(study, "sensitivity", made, [study.tables["effect"]["receipt"].tolist()] * len(made), "what")
 
 # %% ../../nbs/75d_workflows.study_checks.ipynb #431b012b
@@ -66,7 +66,7 @@ def sensitivity_stage(
 def review_stage(
     study: Study,  # In the making
 ) -> None:
-    "Glomeruli whose review would sharpen the effect most."
+    "Glomeruli whose review would sharpen the effects most."
     grades = study.tables["grades"]
     queue = review_queue(grades, study.results["calibration"], options_of(study).control)
     where = study.tables["glomeruli"].set_index("id")

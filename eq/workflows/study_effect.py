@@ -20,7 +20,7 @@ from ..quantification.effect import EffectPlan, estimate_effect
 from ..quantification.grade import GradeResult, grade_glomeruli
 from ..quantification.grade_model import GradeOptions, usable_features
 from ..quantification.instances import records
-from ..quantification.raters import agree, consensus
+from ..quantification.raters import agree, median_score
 from ..quantification.ratings import COLUMNS as RATING_COLUMNS
 from ..quantification.ratings import place_ratings, read_ratings
 from .stages import Study, add_stage, keep_table
@@ -121,7 +121,7 @@ def calibration_stage(
 ) -> None:
     "The grader's error at the level of animals; None, with a note, where it cannot be read."
     grades = study.tables["grades"]
-    human = consensus(study.tables["ratings"][["id", "rater", "score"]])
+    human = median_score(study.tables["ratings"][["id", "rater", "score"]])
     study.results["calibration"] = None
     try:
         study.results["calibration"] = calibrate(grades.assign(score=grades["id"].map(human)))
