@@ -16,8 +16,9 @@ import numpy as np
 from ..core.files import atomic_write
 from ..core.registry import EqError
 from . import annotations_aperio, annotations_coco, annotations_geojson, annotations_imagej, annotations_label, annotations_labelstudio  # noqa: F401
+from .annotation_format import FORMATS, read_json_file
 from .io import open_image
-from .shapes import FORMATS, AnnotationSet, ImageInfo, Region, read_json_file
+from .shapes import AnnotationSet, ImageInfo, Region
 
 _all_ = ["FORMATS"]
 

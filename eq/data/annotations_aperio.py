@@ -21,8 +21,9 @@ import numpy as np
 
 from ..core.files import write_text
 from ..core.registry import EqError
+from .annotation_format import FORMATS, check_bytes, numbered
 from .annotations import class_colour
-from .shapes import FORMATS, UNCLASSIFIED, AnnotationSet, ImageInfo, Part, Region, check_bytes, enclosing, numbered
+from .shapes import UNCLASSIFIED, AnnotationSet, ImageInfo, Part, Region, enclosing
 
 # %% ../../nbs/16f_data.annotations_aperio.ipynb #fc435d29
 MAX_DEPTH = 32

@@ -18,8 +18,9 @@ import numpy as np
 
 from ..core.files import write_text
 from ..core.registry import EqError
+from .annotation_format import FORMATS, entry, numbered, read_json_file
 from .annotations import fill_rings, trace_polygons
-from .shapes import FORMATS, UNCLASSIFIED, AnnotationSet, ImageInfo, Part, Region, checked_ring, entry, numbered, read_json_file
+from .shapes import UNCLASSIFIED, AnnotationSet, ImageInfo, Part, Region, checked_ring
 
 # %% ../../nbs/16d_data.annotations_coco.ipynb #98d92428
 MAX_BOX = 2**28  # Pixels of the box around one object

@@ -17,8 +17,9 @@ import numpy as np
 
 from ..core.files import plain
 from ..core.registry import EqError
+from .annotation_format import FORMATS, entry, numbered, read_json_file
 from .annotations import OBJECT_TYPES, class_colour, feature_label, feature_parts, write_geojson
-from .shapes import FORMATS, UNCLASSIFIED, AnnotationSet, ImageInfo, Part, Region, entry, numbered, read_json_file
+from .shapes import UNCLASSIFIED, AnnotationSet, ImageInfo, Part, Region
 
 # %% ../../nbs/16i_data.annotations_geojson.ipynb #65a49446
 IMAGE_KEY = "eq_image"

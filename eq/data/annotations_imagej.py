@@ -20,7 +20,8 @@ import numpy as np
 
 from ..core.files import atomic_write
 from ..core.registry import EqError
-from .shapes import FORMATS, UNCLASSIFIED, AnnotationSet, ImageInfo, Part, Region, check_bytes, nest_rings, numbered
+from .annotation_format import FORMATS, check_bytes, numbered
+from .shapes import UNCLASSIFIED, AnnotationSet, ImageInfo, Part, Region, nest_rings
 
 # %% ../../nbs/16c_data.annotations_imagej.ipynb #d566e606
 def _oval(left: float, top: float, width: float, height: float) -> np.ndarray:

@@ -15,9 +15,10 @@ import tifffile
 
 from ..core.files import atomic_write
 from ..core.registry import EqError
+from .annotation_format import FORMATS, entry
 from .io import open_image
 from .mask import read_labels
-from .shapes import FORMATS, UNCLASSIFIED, AnnotationSet, ImageInfo, Region, draw_regions, entry, regions_of_labels
+from .shapes import UNCLASSIFIED, AnnotationSet, ImageInfo, Region, draw_regions, regions_of_labels
 
 # %% ../../nbs/16g_data.annotations_label.ipynb #1e945cbe
 def description_of(

@@ -19,8 +19,9 @@ import numpy as np
 
 from ..core.files import write_text
 from ..core.registry import EqError
+from .annotation_format import FORMATS, entry, numbered, read_json_file
 from .annotations import class_colour
-from .shapes import FORMATS, UNCLASSIFIED, AnnotationSet, ImageInfo, Part, Region, enclosing, entry, numbered, read_json_file
+from .shapes import UNCLASSIFIED, AnnotationSet, ImageInfo, Part, Region, enclosing
 
 # %% ../../nbs/16e_data.annotations_labelstudio.ipynb #b464d48c
 STEP = 1024  # Coordinates that come in are whole multiples of 1 / STEP pixels
