@@ -115,6 +115,7 @@ def differences(
         (other, lambda: f"have another shape: up to {max(changes[n][1] for n in other):.4g} px2 differ"),
         ([a.label for a, b in pairs if a.category != b.category], lambda: "have another class"),
         ([a.label for a, b in pairs if a.attributes != b.attributes], lambda: "have other attributes or measurements"),
+        ([a.label for a, b in pairs if a.nucleus != b.nucleus], lambda: "have no nucleus, or another one"),
     ]
     lost = [f"{_listed(labels)} {what()}" for labels, what in lines if labels]
     facts = [("image name", "name"), ("image height", "height"), ("image width", "width"), ("pixel size", "px_size_um")]
