@@ -161,9 +161,9 @@ def write_and_compare(
     to: str,  # A name of FORMATS
 ) -> list[str]:  # One line for each loss, what was lost in reading first
     "Writes, reads again and compares; the file gets its name last. Raises EqError for what cannot be written at all."
-    with atomic_write(out) as temp:
-        write_annotations(temp, given, to)
-        return [*given.notes, *differences(given, read_annotations(temp, None, to))]
+    with _naming(out), atomic_write(out) as temp:
+        FORMATS[to].write(temp, given)
+        return [*given.notes, *differences(given, FORMATS[to].read(temp, ImageInfo()))]
 
 
 def convert_annotations(

@@ -15,7 +15,7 @@ from ..core.files import atomic_write, staged_folder
 from ..core.registry import EqError
 from .annotation_files import check_target, convert_annotations, differences, image_info, read_all_annotations, write_and_compare
 from .annotation_format import FORMATS, ManyImages
-from .io import find_images, is_image_folder, is_image_path, readable_suffixes
+from .io import is_image_folder, is_image_path, readable_suffixes
 from .shapes import AnnotationSet, ImageInfo, checked_text
 
 # %% ../../nbs/16m_data.annotation_folders.ipynb #e89b343a
@@ -50,23 +50,18 @@ class ImageIndex:
         folder: Path,  # Where they lie
         others: Sequence[Path] = (),  # Files in it that are none, although their names say so
     ):
-        self.folder, self.found = folder, dict[str, set[Path]]()
-        for path in find_images(folder):
-            for name in {path.name, _base(path.name, readable_suffixes())} if path not in others else ():
+        self.found: dict[str, set[Path]] = {}
+        for path in (p for p in folder.iterdir() if is_image_path(p) and p not in others):
+            for name in (path.name, _base(path.name, readable_suffixes())):
                 self.found.setdefault(name, set()).add(path)
 
     def info(
         self,
         names: Sequence[str],  # To be tried in turn
-    ) -> ImageInfo:  # Empty where there is no such image
-        "What an image says of itself. Raises EqError where several have the name."
-        for name in filter(None, names):
-            paths = sorted(self.found.get(name, ()))
-            if len(paths) > 1:
-                raise EqError(f"{self.folder} holds several images called {name!r}: {[p.name for p in paths[:5]]}; keep one")
-            if paths:
-                return image_info(paths[0])
-        return ImageInfo()
+    ) -> ImageInfo:  # Empty where there is no such image, or more than one
+        "What an image says of itself. Raises EqError for one that cannot be opened."
+        fits = next((self.found[name] for name in names if name in self.found), set[Path]())
+        return image_info(next(iter(fits))) if len(fits) == 1 else ImageInfo()
 
 
 def _uploaded(name: str) -> str:
@@ -143,7 +138,10 @@ def write_apart(
     once = Counter(name.lower() for name in short.values())
     with staged_folder(out) as temp:
         finals = {name: temp / f"{short[name] if once[short[name].lower()] == 1 else name}{suffix}" for name in sets}
-        return _said({name: write_and_compare(one, finals[name], to) for name, one in sets.items()})
+        try:
+            return _said({name: write_and_compare(one, finals[name], to) for name, one in sets.items()})
+        except EqError as error:  # names the file that the user would have got
+            raise EqError(str(error).replace(str(temp), str(out))) from error
 
 # %% ../../nbs/16m_data.annotation_folders.ipynb #b122fa56
 def convert_sets(

@@ -76,7 +76,7 @@ def check_sizes(
     "For formats that cannot do without the size of the image. Raises EqError naming the images without one."
     if unknown := [s.image.name for s in sets if not s.image.height]:
         names = ", ".join(n for n in unknown[:5] if n) + (", ..." if len(unknown) > 5 else "")
-        raise EqError(f"{why}{': ' + names if names else ''}; name it with --image, or put it next to its annotations under the same name")
+        raise EqError(f"{why}{': ' + names if names else ''}; name it with --image, or put it next to its annotations, as the only image of that name")
 
 # %% ../../nbs/16j_data.annotation_format.ipynb #17f1593c
 def entry(

@@ -200,10 +200,12 @@ def _image_set(content: dict[str, Any], about: dict[str, Any], annotations: list
         elif annotation.get("iscrowd"):
             lost["are crowds, not single objects"] += 1
         else:
+            strange = [v for v in entry(annotation, "attributes", dict, {}).values() if not isinstance(v, (str, int, float))]
+            lost["hold attributes that are neither numbers nor texts"] += bool(strange)
             lost.update(f"hold {key}, which is not kept" for key in unread(annotation, _KNOWN))
             found.append((annotation.get("eq_label", annotation.get("id")), partial(annotation_region, annotation, known, categories)))
     regions, anew = numbered(found)
-    return AnnotationSet(regions, known, (*(f"{n} annotations {what}" for what, n in sorted(lost.items())), *anew))
+    return AnnotationSet(regions, known, (*(f"{n} annotations {what}" for what, n in sorted(lost.items()) if n), *anew))
 
 
 def _numbered_annotations(sets: Sequence[AnnotationSet], names: list[str]) -> Iterator[dict[str, Any]]:

@@ -91,7 +91,9 @@ def _drawn(item: dict[str, Any], image: ImageInfo, number: int, classes: list[An
     if kind not in SHAPES:
         return None
     width, height = entry(item, "original_width", int, image.width), entry(item, "original_height", int, image.height)
-    if not width or (image.width and (height, width) != (image.height, image.width)):
+    if not width:
+        raise EqError("neither it nor its task says how large the image is; name the image with --image")
+    if image.width and (height, width) != (image.height, image.width):
         raise EqError(f"it was drawn on an image of {height} x {width} pixels, the image has {image.height} x {image.width}")
     parts = SHAPES[kind](value, ImageInfo("", height, width))
     category = str(classes[0]) if classes else UNCLASSIFIED

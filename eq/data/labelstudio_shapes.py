@@ -84,13 +84,12 @@ def brush_alpha(
     return alpha
 
 # %% ../../nbs/16l_data.labelstudio_shapes.ipynb #dbb0cd76
-def _numbers(value: dict[str, Any], keys: tuple[str, ...], image: ImageInfo) -> list[float] | None:
-    # pairs of percent of the width and of the height, as pixels; None where the shape is none
-    found = [entry(value, key, (int, float)) for key in keys]
-    if None in found:
+def _numbers(value: dict[str, Any], width: str, height: str, image: ImageInfo) -> tuple[float, float, float, float] | None:
+    # percent of the image as pixels; None where the shape is none
+    x, y, w, h = (entry(value, key, (int, float)) for key in ("x", "y", width, height))
+    if None in (x, y, w, h) or min(w, h) <= 0:
         return None
-    pixels = [n * side / 100 for n, side in zip(found, (image.width, image.height) * 2, strict=True)]
-    return None if min(pixels[2:]) <= 0 else pixels
+    return x * image.width / 100, y * image.height / 100, w * image.width / 100, h * image.height / 100
 
 
 def _snapped(ring: np.ndarray) -> tuple[Part, ...]:
@@ -110,7 +109,7 @@ def box_parts(
     image: ImageInfo,  # With its size
 ) -> tuple[Part, ...]:  # Empty where it is no area
     "The box of `x`, `y`, `width`, `height`, turned by `rotation`."
-    found = _numbers(value, ("x", "y", "width", "height"), image)
+    found = _numbers(value, "width", "height", image)
     return _snapped(box_ring(*found, entry(value, "rotation", (int, float), 0.0))) if found else ()
 
 
@@ -119,7 +118,7 @@ def ellipse_parts(
     image: ImageInfo,  # With its size
 ) -> tuple[Part, ...]:  # Empty where it is no area
     "The ellipse of `x`, `y`, `radiusX`, `radiusY`, turned by `rotation`."
-    found = _numbers(value, ("x", "y", "radiusX", "radiusY"), image)
+    found = _numbers(value, "radiusX", "radiusY", image)
     return _snapped(ellipse_ring(*found, entry(value, "rotation", (int, float), 0.0))) if found else ()
 
 
