@@ -9,7 +9,8 @@ __all__ = ['MAX_BOX', 'encode_runs', 'decode_runs', 'unpack_counts', 'region_ann
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,8 +19,9 @@ import numpy as np
 
 from ..core.files import write_text
 from ..core.registry import EqError
+from .annotation_format import FORMATS, check_sizes, entry, numbered, read_json_file, unread
 from .annotations import fill_rings, trace_polygons
-from .shapes import FORMATS, UNCLASSIFIED, AnnotationSet, ImageInfo, Part, Region, checked_ring, entry, numbered, read_json_file
+from .shapes import UNCLASSIFIED, AnnotationSet, ImageInfo, Part, Region, checked_ring
 
 # %% ../../nbs/16d_data.annotations_coco.ipynb #98d92428
 MAX_BOX = 2**28  # Pixels of the box around one object
@@ -150,58 +152,108 @@ def annotation_region(
         raise EqError(f"annotation {str(annotation.get('id'))[:40]}: {error}") from error
 
 # %% ../../nbs/16d_data.annotations_coco.ipynb #f91f5b6c
-def _image_of(content: Any, wanted: ImageInfo) -> tuple[Any, ImageInfo]:
+_KNOWN = {"id", "image_id", "category_id", "segmentation", "area", "bbox", "iscrowd", "attributes", "eq_label"}
+
+
+def _name(about: Any) -> str:
+    return Path(entry(about, "file_name", str, "")).name
+
+
+def _images(content: Any) -> list[dict[str, Any]]:
     images = entry(content, "images", list, [])
-    fits = [i for i in images if not wanted.name or Path(entry(i, "file_name", str, "")).name == wanted.name]
-    if len(images) > 1 and len(fits) != 1:
-        names = sorted({str(i.get("file_name")) for i in images if isinstance(i, dict)})[:10]
-        raise EqError(f"it holds {len(images)} images, {len(fits)} of them fit {wanted.name!r}; name one with --image: {names}")
     if not images:
         raise EqError("it holds no 'images'")
-    image = (fits or images)[0]
-    name, size = Path(entry(image, "file_name", str, "")).name, entry(image, "px_size_um", (int, float))
-    return image.get("id"), ImageInfo(name, entry(image, "height", int, 0), entry(image, "width", int, 0), size).joined(wanted)
+    numbers = [str(entry(about, "id", (int, str))) for about in images]
+    if twice := [n for n, count in Counter(numbers).items() if count > 1]:
+        raise EqError(f"it holds {len(images)} images, several of which have the id {twice[0]}")
+    return images
+
+
+def _image_of(images: list[dict[str, Any]], wanted: ImageInfo) -> dict[str, Any]:
+    fits = [about for about in images if not wanted.name or _name(about) == wanted.name]
+    if len(images) > 1 and len(fits) != 1:
+        names = sorted({str(about.get("file_name")) for about in images})[:10]
+        raise EqError(f"it holds {len(images)} images, {len(fits)} of them fit {wanted.name!r}; name one with --image: {names}")
+    return (fits or images)[0]
+
+
+def _by_image(content: dict[str, Any], images: list[dict[str, Any]]) -> tuple[dict[Any, list[dict[str, Any]]], tuple[str, ...]]:
+    # the annotations of each image by its id, and a note on those that have none
+    found: dict[Any, list[dict[str, Any]]] = {about.get("id"): [] for about in images}
+    strays = 0
+    for annotation in entry(content, "annotations", list, []):
+        number = entry(annotation, "image_id", (int, str))
+        strays += number not in found
+        found.setdefault(number, []).append(annotation)
+    return found, ((f"{strays} annotations belong to no image of the file",) if strays else ())
+
+
+def _image_set(content: dict[str, Any], about: dict[str, Any], annotations: list[dict[str, Any]], given: ImageInfo) -> AnnotationSet:
+    size = entry(about, "px_size_um", (int, float))
+    known = ImageInfo(_name(about), entry(about, "height", int, 0), entry(about, "width", int, 0), size).joined(given)
+    categories = {entry(c, "id", int, 0): entry(c, "name", str) or UNCLASSIFIED for c in entry(content, "categories", list, [])}
+    found: list[tuple[Any, Callable[[int], Region]]] = []
+    lost: Counter[str] = Counter()
+    for annotation in annotations:
+        if not annotation.get("segmentation"):
+            lost["have no outline"] += 1
+        elif annotation.get("iscrowd"):
+            lost["are crowds, not single objects"] += 1
+        else:
+            strange = [v for v in entry(annotation, "attributes", dict, {}).values() if not isinstance(v, (str, int, float))]
+            lost["hold attributes that are neither numbers nor texts"] += bool(strange)
+            lost.update(f"hold {key}, which is not kept" for key in unread(annotation, _KNOWN))
+            found.append((annotation.get("eq_label", annotation.get("id")), partial(annotation_region, annotation, known, categories)))
+    regions, anew = numbered(found)
+    return AnnotationSet(regions, known, (*(f"{n} annotations {what}" for what, n in sorted(lost.items()) if n), *anew))
+
+
+def _numbered_annotations(sets: Sequence[AnnotationSet], names: list[str]) -> Iterator[dict[str, Any]]:
+    one, first = len(sets) == 1, 1
+    for image, annotations in enumerate(sets, start=1):
+        for number, region in enumerate(annotations.regions, start=first):
+            found = region_annotation(region, annotations.image, names.index(region.category) + 1)
+            yield found if one else found | {"id": number, "image_id": image, "eq_label": region.label}
+        first += len(annotations.regions)
 
 
 class Coco:
-    "COCO instances, one image a file; files of many images are read one image at a time."
+    "COCO instances of one image or of many."
 
     title: ClassVar[str] = "COCO"
     suffixes: ClassVar[tuple[str, ...]] = (".coco.json", ".json")
 
     def write(self, path: Path, annotations: AnnotationSet) -> None:
-        "Raises EqError where the size of the image is unknown."
-        known = annotations.image
-        if not known.height:
-            raise EqError("COCO needs the size of the image; name it with --image")
-        names = sorted({region.category for region in annotations.regions})
-        about = {"id": 1, "file_name": known.name, "height": known.height, "width": known.width}
-        about |= {} if known.px_size_um is None else {"px_size_um": known.px_size_um}
-        content = {
-            "images": [about],
-            "categories": [{"id": i, "name": name, "supercategory": ""} for i, name in enumerate(names, start=1)],
-            "annotations": [region_annotation(region, known, names.index(region.category) + 1) for region in annotations.regions],
-        }
+        "A file of one image. Raises EqError where its size is unknown."
+        self.write_all(path, [annotations])
+
+    def write_all(self, path: Path, sets: Sequence[AnnotationSet]) -> None:
+        "All images in one file, with the classes in common. Raises EqError where a size is unknown."
+        check_sizes(sets, "COCO needs the size of the image")
+        names, images = sorted({region.category for one in sets for region in one.regions}), []
+        for number, known in enumerate((one.image for one in sets), start=1):
+            images.append({"id": number, "file_name": known.name, "height": known.height, "width": known.width})
+            images[-1] |= {} if known.px_size_um is None else {"px_size_um": known.px_size_um}
+        classes = [{"id": i, "name": name, "supercategory": ""} for i, name in enumerate(names, start=1)]
+        content = {"images": images, "categories": classes, "annotations": list(_numbered_annotations(sets, names))}
         write_text(path, json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
 
     def read(self, path: Path, image: ImageInfo) -> AnnotationSet:
         "The annotations of one image."
         content = read_json_file(path)
-        number, known = _image_of(content, image)
-        categories = {entry(c, "id", int, 0): entry(c, "name", str) or UNCLASSIFIED for c in entry(content, "categories", list, [])}
-        found: list[tuple[Any, Callable[[int], Region]]] = []
-        lost: Counter[str] = Counter()
-        for annotation in entry(content, "annotations", list, []):
-            if entry(annotation, "image_id", (int, str)) != number:
-                continue
-            if not annotation.get("segmentation"):
-                lost["have no outline"] += 1
-            elif annotation.get("iscrowd"):
-                lost["are crowds, not single objects"] += 1
-            else:
-                found.append((annotation.get("id"), partial(annotation_region, annotation, known, categories)))
-        regions, anew = numbered(found)
-        return AnnotationSet(regions, known, (*(f"{n} annotations {what}" for what, n in sorted(lost.items())), *anew))
+        images = _images(content)
+        about = _image_of(images, image)
+        annotations, strays = _by_image(content, images)
+        found = _image_set(content, about, annotations[about.get("id")], image)
+        return replace(found, notes=found.notes + strays)
+
+    def read_all(self, path: Path) -> list[AnnotationSet]:
+        "The annotations of every image, of those without any too; a note on strays is with the first."
+        content = read_json_file(path)
+        images = _images(content)
+        annotations, strays = _by_image(content, images)
+        sets = [_image_set(content, about, annotations[about.get("id")], ImageInfo()) for about in images]
+        return [replace(sets[0], notes=sets[0].notes + strays), *sets[1:]]
 
 
 FORMATS.register("coco")(Coco())

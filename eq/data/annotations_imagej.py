@@ -7,7 +7,6 @@ __all__ = ['MAX_ROIS', 'MAX_ROI_BYTES', 'path_rings', 'region_roi', 'roi_region'
 
 # %% ../../nbs/16c_data.annotations_imagej.ipynb #757eac0c
 import json
-import math
 import struct
 import zipfile
 from collections import Counter
@@ -20,15 +19,11 @@ import numpy as np
 
 from ..core.files import atomic_write
 from ..core.registry import EqError
-from .shapes import FORMATS, UNCLASSIFIED, AnnotationSet, ImageInfo, Part, Region, check_bytes, nest_rings, numbered
+from .annotation_format import FORMATS, check_bytes, numbered
+from .ellipse import box_ring, ellipse_notes, ellipse_ring
+from .shapes import UNCLASSIFIED, AnnotationSet, ImageInfo, Part, Region, nest_rings
 
 # %% ../../nbs/16c_data.annotations_imagej.ipynb #d566e606
-def _oval(left: float, top: float, width: float, height: float) -> np.ndarray:
-    step = math.acos(max(0.0, 1 - 0.1 / max(width, height, 1.0) * 2))  # the arc over a chord rises by r (1 - cos step / 2)
-    angle = np.linspace(0, 2 * np.pi, max(16, math.ceil(np.pi / step)), endpoint=False)
-    return np.column_stack([left + width / 2 * (1 + np.cos(angle)), top + height / 2 * (1 + np.sin(angle))])
-
-
 def path_rings(
     path: np.ndarray,  # Numbers of a composite ROI: 0 x y moves, 1 x y draws a line, 4 closes
 ) -> list[np.ndarray]:  # Each (n, 2)
@@ -50,7 +45,7 @@ def path_rings(
 
 
 def _area_rings(roi: Any) -> list[np.ndarray] | None:
-    # None for what is no area: lines, points, texts, pictures
+    # None for what is no area: lines, points, texts, pictures, boxes without a size
     kinds = {"POLYGON", "FREEHAND", "TRACED"}
     if roi.subtype.name in ("TEXT", "IMAGE"):
         return None
@@ -59,7 +54,9 @@ def _area_rings(roi: Any) -> list[np.ndarray] | None:
     if roi.roitype.name in ("RECT", "OVAL"):
         whole = (roi.left, roi.top, roi.right - roi.left, roi.bottom - roi.top)
         x, y, w, h = (roi.xd, roi.yd, roi.widthd, roi.heightd) if roi.subpixelrect else whole
-        return [_oval(x, y, w, h) if roi.roitype.name == "OVAL" else np.array([(x, y), (x + w, y), (x + w, y + h), (x, y + h)], float)]
+        if min(w, h) <= 0:
+            return None
+        return [ellipse_ring(x + w / 2, y + h / 2, w / 2, h / 2) if roi.roitype.name == "OVAL" else box_ring(x, y, w, h)]
     return [np.asarray(roi.coordinates(), np.float64)] if roi.roitype.name in kinds else None
 
 # %% ../../nbs/16c_data.annotations_imagej.ipynb #ce5aa0d0
@@ -208,6 +205,7 @@ class ImagejRois:
         check_bytes(path)
         found: list[tuple[Any, Callable[[int], Region]]] = []
         lost: Counter[str] = Counter()
+        ovals = rounded = 0
         try:
             for name, data in _stored(path):
                 if path.suffix.lower() == ".zip" and not name.lower().endswith(".roi"):
@@ -217,11 +215,15 @@ class ImagejRois:
                 if _area_rings(roi) is None:
                     lost[roi.subtype.name if roi.subtype.value else roi.roitype.name] += 1
                 else:
+                    ovals += roi.roitype.name == "OVAL"
+                    rounded += roi.roitype.name == "RECT" and not roi.composite and roi.rounded_rect_arc_size > 0
                     found.append((_properties(roi.props).get("label"), partial(roi_region, roi)))  # type: ignore[arg-type]
         except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
             raise EqError(f"it cannot be unpacked: {error}") from error
         regions, anew = numbered(found)
-        return AnnotationSet(regions, image, (*(f"{n} are no areas but {kind}" for kind, n in sorted(lost.items())), *anew))
+        notes = [f"{n} are no areas but {kind}" for kind, n in sorted(lost.items())] + ellipse_notes(ovals)
+        notes += [f"{rounded} rectangles lost their rounded corners"] if rounded else []
+        return AnnotationSet(regions, image, (*notes, *anew))
 
 
 FORMATS.register("imagej")(ImagejRois())

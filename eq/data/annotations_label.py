@@ -15,9 +15,10 @@ import tifffile
 
 from ..core.files import atomic_write
 from ..core.registry import EqError
+from .annotation_format import FORMATS, check_sizes, entry
 from .io import open_image
 from .mask import read_labels
-from .shapes import FORMATS, UNCLASSIFIED, AnnotationSet, ImageInfo, Region, draw_regions, entry, regions_of_labels
+from .shapes import UNCLASSIFIED, AnnotationSet, ImageInfo, Region, draw_regions, regions_of_labels
 
 # %% ../../nbs/16g_data.annotations_label.ipynb #1e945cbe
 def description_of(
@@ -55,8 +56,7 @@ class LabelTiff:
     def write(self, path: Path, annotations: AnnotationSet) -> None:
         "Raises EqError where the size of the image is unknown or too large."
         known = annotations.image
-        if not known.height:
-            raise EqError("a label TIFF needs the size of the image; name it with --image")
+        check_sizes([annotations], "a label TIFF needs the size of the image")
         if known.height * known.width > MAX_PIXELS:
             raise EqError(f"a label TIFF of {known.height} x {known.width} pixels; up to {MAX_PIXELS} are written, larger slides take geojson")
         labels = draw_regions(annotations.regions, known.height, known.width)

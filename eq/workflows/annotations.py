@@ -11,27 +11,27 @@ from typing import Annotated
 
 import typer
 
-from ..core.registry import EqError
-from ..data.annotation_files import FORMATS, convert_annotations, image_info
+from ..data.annotation_folders import convert_sets
+from ..data.annotation_format import FORMATS
 
 # %% ../../nbs/72d_workflows.annotations.ipynb #eb011c6e
 FORMAT_HELP = f"one of {', '.join(FORMATS)}"
 
 
 def annotations(
-    source: Annotated[Path, typer.Argument(help="annotation file: GeoJSON, ImageJ zip, COCO, Label Studio, Aperio XML or label TIFF")],  # What to read
+    source: Annotated[Path, typer.Argument(help="annotations: GeoJSON, ImageJ zip, COCO, Label Studio, Aperio XML, label TIFF, or a folder of them")],  # What to read
     to: Annotated[str, typer.Option(help=FORMAT_HELP)],  # Format to write
-    out: Annotated[Path, typer.Option(help="file to write; must not exist")],  # Target
-    image: Annotated[Path | None, typer.Option(help="the image that was annotated: its name, size and pixel size")] = None,  # Image
+    out: Annotated[Path, typer.Option(help="file to write, or folder with a file for each image; must not exist")],  # Target
+    image: Annotated[Path | None, typer.Option(help="the image that was annotated, or the folder of the images; default: next to the annotations")] = None,  # Image
     from_format: Annotated[str | None, typer.Option("--from", help=f"{FORMAT_HELP}; default by name and content")] = None,  # Format to read
     strict: Annotated[bool, typer.Option(help="exit 1 when anything was lost")] = False,  # For scripts
 ) -> None:
     "Convert annotations between programs; list what the target could not hold."
-    if not source.is_file():
-        raise EqError(f"no annotation file at {source}")
-    given, lost = convert_annotations(source, out, to, None if image is None else image_info(image), from_format)
-    classes = sorted({region.category for region in given.regions})
-    typer.echo(f"{len(given.regions)} regions of {len(classes)} classes ({', '.join(classes[:10])}): {out}")
+    sets, lost = convert_sets(source, out, to, image, from_format)
+    regions = [region for one in sets.values() for region in one.regions]
+    classes = sorted({region.category for region in regions})
+    where = f" on {len(sets)} images" if len(sets) > 1 else ""
+    typer.echo(f"{len(regions)} regions of {len(classes)} classes ({', '.join(classes[:10])}){where}: {out}")
     typer.echo(f"lost: {len(lost) or 'nothing'}")
     for line in lost:
         typer.echo(f"  {line}")
