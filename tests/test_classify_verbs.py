@@ -74,6 +74,18 @@ def test_explain_does_the_good_and_lists_the_bad(made: Path, tmp_path: Path, eq:
     assert main(["verify", str(tmp_path / "maps")]) == 0
 
 
+def test_what_a_folder_holds_besides_is_told(made: Path, tmp_path: Path, eq: Say) -> None:
+    for name in ("a.png", "sub/b.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes((made / "set/Normal/Normal- (1).png").read_bytes())
+    (tmp_path / "in" / "c.czi").write_bytes(b"x")
+    for verb, out, table in (("predict", "p.csv", "p.csv"), ("explain", "maps", "maps/scores.csv")):
+        code, said = eq(verb, tmp_path / "in", "--model", made / "model", "--no-gate", "--out", tmp_path / out)
+        assert code == 0 and "1 done, 2 left out" in said.replace("2 left out, 1 done", "1 done, 2 left out"), said
+        assert f"left out: {tmp_path / 'in' / 'c.czi'}: .czi is not read" in said and "for example b.png; folders below are not searched" in said, said
+        assert sorted(pd.read_csv(tmp_path / table)["status"]) == ["done", "left out", "left out"]
+
+
 def test_embed_a_folder_of_classes(made: Path, tmp_path: Path, eq: Say) -> None:
     code, said = eq("embed", made / "set", "--model", made / "model", "--dims", "3", "--out", tmp_path / "alike", "--neighbours", "3")
     assert code == 1 and "140 done, 1 failed" in said and "have the class of the picture, 50 % would by chance" in said and "Rand index" in said, said

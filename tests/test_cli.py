@@ -47,6 +47,11 @@ def test_each_verb_shows_an_example(verb):
     assert "Usage: eq " + verb in done.stdout
 
 
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if " " in verb])
+def test_a_verb_of_two_words_stands_in_the_help_of_the_first(verb):
+    assert f"  eq {verb}  " in eq(verb.split()[0], "--help").stdout
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [

@@ -141,6 +141,20 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.returncode == 2 and "unknown target format 'gif'" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_what_a_folder_holds_besides_is_told(tmp_path: Path) -> None:
+    for name in ("a.tif", "sub/b.tif"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        FORMATS["generic.tif"][0](tmp_path / "in" / name)
+    for name in ("c.czi", "d.nd2", "e.jp2"):
+        (tmp_path / "in" / name).write_bytes(b"x")
+    run = [sys.executable, "-m", "eq", "data", "convert", str(tmp_path / "in"), "--to", "png", "--out", str(tmp_path / "out"), "--quiet"]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "1 converted, 0 kept, 0 failed, 4 left out" in done.stdout, done.stderr
+    assert [line.split(": ")[1].split("/")[-1] for line in done.stderr.splitlines()] == ["c.czi", "d.nd2", "e.jp2", "sub"]
+    rows = read_manifest(tmp_path / "out")
+    assert sorted(row["status"] for row in rows.values()) == ["done"] + ["left out"] * 4 and all(row["note"] for row in rows.values() if row["status"] != "done")
+
+
 def test_labels_keep_their_numbers_at_every_level(tmp_path: Path) -> None:
     labels = np.kron(np.arange(1, 101, dtype=np.int32).reshape(10, 10), np.ones((110, 110), np.int32))
     path = write_ome_tiff_bands(tmp_path / "l.ome.tif", iter([labels]), TiffPlan(1100, 1100, np.int32))

@@ -249,3 +249,26 @@ def test_an_interrupted_synthetic_cohort_is_painted_again(tmp_path: Path, monkey
     image.write_bytes(b"half")
     again = load_synthetic("synthetic_em", seed=7, n_sections=3, size=96)
     assert image.read_bytes() == before and len(again) == 3 and again.synthetic
+
+
+def test_a_mask_of_several_slices_is_said_to_be_read_at_one(tmp_path: Path) -> None:
+    import nibabel
+
+    write_png(tmp_path / "images" / "a.png", np.arange(48, dtype=np.uint8).reshape(6, 8))
+    (tmp_path / "masks").mkdir()
+    volume = np.zeros((8, 6, 5), np.uint8)
+    volume[2:5, 2:4, 3] = 255
+    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "masks" / "a.nii")
+    pd.DataFrame({"image": ["images/a.png"], "mask": ["masks/a.nii"], "mask_coding": ["grey127"]}).to_csv(tmp_path / "set.csv", index=False)
+    code, said = run("validate", str(tmp_path / "set.csv"))
+    assert code == 1 and "its largest value is [0, 0, 0]; 4 of 5 planes were not looked at: only Z=0 of 5 was read" in said, said
+    code, said = run("validate", str(tmp_path / "set.csv"), "--allow-empty")
+    assert code == 0 and f"1 files of which one plane is read:\n  {tmp_path / 'masks' / 'a.nii'}: 4 of 5 planes were not looked at" in said, said
+
+
+def test_what_no_reader_takes_is_listed(tmp_path: Path) -> None:
+    full = fill(tmp_path / "full", "same folder")
+    (full / "c.czi").write_bytes(b"x")
+    for args in (("validate", str(full)), ("organize", str(full), "--out", str(tmp_path / "x.csv"))):
+        said = run(*args)[1]
+        assert f"1 files of formats that eq does not read; not in the cohort:\n  {full / 'c.czi'}\n" in said, said

@@ -201,6 +201,17 @@ def test_a_payload_is_refused_by_the_verb(name: str, trust: bool, tmp_path: Path
     assert not mark.exists() and not (tmp_path / "out").exists()
 
 
+def test_what_is_no_pickle_is_said_to_be_none(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "notes.pkl").write_text("weights are in the other folder")
+    for name, what in (("model.safetensors", "it is a safetensors file: its weights are out already"), ("notes.pkl", "it is no pickle")):
+        for trust in ([], ["--trust-pickle"]):
+            code, said = typed("models", "extract-weights", tmp_path / name, "--out", tmp_path / "out", *trust)
+            assert (code, said.count("\n")) == (2, 1) and what in said and "--trust-pickle" not in said, said
+
+
 ESCAPE = """
 import json, os, socket, subprocess, sys, urllib.request
 from pathlib import Path

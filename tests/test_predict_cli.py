@@ -160,7 +160,8 @@ def test_bad_images_are_listed_and_the_rest_is_done(model, tmp_path, capsys):
     assert code == 1 and f"1 of {len(bad) + 1} images segmented" in out
     for path, (_, why) in zip(bad, BAD.values(), strict=True):
         assert table.loc[str(path), "status"] == "failed" and why in table.loc[str(path), "note"], table.loc[str(path), "note"]
-        assert f"failed: {path}: " in err
+        line = next(line for line in err.splitlines() if line.startswith(f"failed: {path}: "))
+        assert line.count(str(path)) == 1, line
     assert table.loc[str(good), "status"] == "done" and (tmp_path / "out" / "good" / "mask.ome.tif").exists()
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"good", "summary.csv", "manifest.json", "log.jsonl", "request.json"}
     assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["metrics"]["failed"]) == len(bad)
@@ -185,6 +186,56 @@ def test_constant_and_16_bit_images(model, tmp_path, capsys):
     notes = pd.read_csv(tmp_path / "out" / "summary.csv").set_index("folder")["note"]
     assert "constant image: every value is 7" in notes["flat"] and "constant" not in notes["deep"]
     assert not pd.read_csv(tmp_path / "out" / "deep" / "instances.csv").isna().any(axis=None)
+
+
+# ---- what is not looked at is told -----------------------------------------------------------------------------------------------------
+
+
+def test_planes_that_are_not_looked_at(model, tmp_path, capsys):
+    "A ZYX OME-TIFF and a NIfTI volume: the plane that was asked for, and a word on the others."
+    import nibabel
+
+    planes = np.stack([blobs(64, 80, seed)[..., 0] for seed in range(7)])
+    tifffile.imwrite(tmp_path / "stack.ome.tif", planes, ome=True, metadata={"axes": "ZYX"}, photometric="minisblack")
+    nibabel.save(nibabel.Nifti1Image(planes.transpose(2, 1, 0).astype(np.int16), np.eye(4)), tmp_path / "ct.nii.gz")
+    args = ("predict", tmp_path / "stack.ome.tif", tmp_path / "ct.nii.gz", "--model", model, "--backend", "torch", "--plane")
+    masks = {}
+    for plane in (0, 3):
+        code, out, err = eq(capsys, *args, plane, "--out", tmp_path / f"out{plane}")
+        assert code == 0 and "2 of 2 images segmented" in out, err
+        assert f"2 of 2 images are stacks of which plane {plane} was segmented; 12 planes were not looked at: --plane chooses another" in err
+        table = pd.read_csv(tmp_path / f"out{plane}" / "summary.csv")
+        assert table["plane"].tolist() == [plane] * 2 and table["planes"].tolist() == [7] * 2
+        assert all(f"6 of 7 planes were not looked at: only Z={plane} of 7 was read" in note for note in table["note"])
+        manifest = json.loads((tmp_path / f"out{plane}" / "manifest.json").read_text())
+        assert manifest["params"]["plane"] == plane and any("12 planes were not looked at" in w for w in manifest["warnings"])
+        masks[plane] = open_image(tmp_path / f"out{plane}" / "stack" / "mask.ome.tif").read_all()
+    alone = write_ome_tiff(tmp_path / "alone.ome.tif", planes[3])
+    assert eq(capsys, "predict", alone, "--model", model, "--backend", "torch", "--out", tmp_path / "alone")[0] == 0
+    assert np.array_equal(masks[3], open_image(tmp_path / "alone" / "alone" / "mask.ome.tif").read_all()) and not np.array_equal(masks[0], masks[3])
+    code, _, err = eq(capsys, *args, 1, "--out", tmp_path / "out3", "--resume")
+    assert code == 2 and "was begun with other settings: plane 3, now 1" in err
+    code, _, err = eq(capsys, *args, 7, "--out", tmp_path / "out7")
+    assert code == 1 and "plane 7 does not exist; choose from 0 to 6" in err
+
+
+def test_a_folder_with_more_than_its_images(model, tmp_path, capsys):
+    for name in ("a.png", "sub/b.png"):
+        write_png(tmp_path / "in" / name, blobs(64, 64))
+    for name in ("c.czi", "d.nd2", "e.jp2", "notes.txt"):
+        (tmp_path / "in" / name).write_bytes(b"x")
+    code, out, err = eq(capsys, "predict", tmp_path / "in", "--model", model, "--out", tmp_path / "out", "--backend", "torch")
+    assert code == 0 and "1 of 1 images segmented, 4 left out" in out, err
+    told = [line for line in err.splitlines() if line.startswith("left out: ")]
+    assert [Path(line.split(": ")[1]).name for line in told] == ["c.czi", "d.nd2", "e.jp2", "sub"] and "name it as well" in told[-1]
+    table = pd.read_csv(tmp_path / "out" / "summary.csv")
+    assert table["status"].tolist() == ["done"] + ["left out"] * 4 and ".czi is not read" in table["note"][1]
+    assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["metrics"]["left_out"]) == 4
+    code, out, _ = eq(capsys, "predict", tmp_path / "in", tmp_path / "in" / "sub", "--model", model, "--out", tmp_path / "both", "--backend", "torch")
+    assert code == 0 and "2 of 2 images segmented, 3 left out" in out
+    (tmp_path / "in" / "a.png").unlink()
+    code, _, err = eq(capsys, "predict", tmp_path / "in", "--model", model, "--out", tmp_path / "none")
+    assert code == 2 and "no image in" in err and "left out: c.czi: .czi is not read" in err and err.count("\n") == 1
 
 
 # ---- bad requests: one line, exit code 2, nothing written ------------------------------------------------------------------------------

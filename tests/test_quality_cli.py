@@ -51,6 +51,7 @@ def test_everything_that_people_put_into_folders(mine, tmp_path, capsys):
     before = {p: p.read_bytes() for p in mine.iterdir()}
     code, out, _ = eq(capsys, mine, "--out", tmp_path / "out", "--min-px", "32")
     assert code == 1 and "refused: " in out
+    assert [line.count("empty.tif") for line in out.splitlines() if "empty.tif" in line] == [1]
     table = pd.read_csv(tmp_path / "out" / "quality.csv", keep_default_na=False)
     verdicts = {Path(r["image"]).name: r["verdict"] for r in table.to_dict("records")}
     assert len(verdicts) == 14 and {verdicts[n] for n in ("blank.png", "nan.ome.tif", "empty.tif", "cut.png", "tiny.png")} == {"refuse"}
@@ -78,6 +79,29 @@ def test_nothing_readable_is_an_error_and_leaves_nothing(tmp_path, capsys):
         (tmp_path / "bad" / f"{i}.png").write_bytes(b"\x89PNG")
     code, _, err = eq(capsys, tmp_path / "bad", "--out", tmp_path / "out")
     assert code == 2 and "none of 3 images could be measured" in err and not (tmp_path / "out").exists()
+
+
+def test_a_ct_has_large_pixels_and_a_microscope_has_not(tmp_path, capsys):
+    import nibabel
+
+    for i in range(4):
+        grey = nibabel.Nifti1Image(waves(i)[..., 0].T.astype(np.uint16), np.diag([0.7, 0.7, 1, 1]))
+        grey.header.set_xyzt_units("mm")
+        (tmp_path / "ct").mkdir(exist_ok=True)
+        nibabel.save(grey, tmp_path / "ct" / f"{i}.nii.gz")
+        write_ome_tiff(tmp_path / "converted" / f"{i}.ome.tif", waves(i)[..., 0].astype(np.int16) - 1000, 700.0)  # as eq data convert writes a CT
+        write_ome_tiff(tmp_path / "slides" / f"{i}.ome.tif", waves(i), 700.0)
+    for name, refused in (("ct", 0), ("converted", 0), ("slides", 4)):
+        code, out, err = eq(capsys, tmp_path / name, "--out", tmp_path / f"out_{name}")
+        assert code == (1 if refused else 0) and out.count("a wrong unit?") == refused and f"{refused} refuse" in out, (name, out, err)
+
+
+def test_what_is_no_image_and_no_table(tmp_path, capsys):
+    (tmp_path / "c.czi").write_bytes(b"ZISRAWFILE" + bytes(90))
+    code, _, err = eq(capsys, tmp_path / "c.czi", "--out", tmp_path / "out")
+    assert code == 2 and f"{tmp_path / 'c.czi'} is neither an image that eq reads" in err and "nor a cohort table" in err and err.count("\n") == 1
+    code, _, err = eq(capsys, write_png(tmp_path / "a.png", waves(0)), "--out", tmp_path / "out")
+    assert code == 2 and "a.png is an image; give the folder that it lies in" in err
 
 
 def test_like_compares_with_other_images(mine, tmp_path, capsys):

@@ -107,6 +107,8 @@ def content_of(
     if kind == "palette" and options.labels:
         notes, kind = ["indices of the palette written as numbers, without their colours"], "grey"
     plan = TiffPlan(image.height, image.width, layout.dtype, layout.channels, None if options.drop_px_size else image.px_size_um)
+    if image.planes == 1 and image.plane_note:
+        notes.append(image.plane_note)  # frames of a PNG or JPEG, focal planes of a slide: readers know of them and do not read them
     if options.drop_px_size and image.px_size_um is not None:
         notes.append(f"pixel size of {image.px_size_um:g} um dropped as asked")
     return Content(image, plan, kind, options, tuple(notes), progress)

@@ -69,7 +69,8 @@ def frame_layout(
     palette = _palette(header) if kind == "palette" else None
     size, source = dicom_px_size(header)
     dtype = frames.stored if kind == "palette" else frames.rescale.dtype
-    return Layout(frames.rows, frames.columns, frames.samples, dtype, kind, colour == "MONOCHROME1", palette, size, source, note)
+    body = header.get("SOPClassUID") != WHOLE_SLIDE
+    return Layout(frames.rows, frames.columns, frames.samples, dtype, kind, colour == "MONOCHROME1", palette, size, source, note, body)
 
 # %% ../../nbs/10i_data.dicom.ipynb #d201f646
 def _slice_pixels(frames: DicomFrames, number: int, note: str) -> RasterPixels:

@@ -54,6 +54,13 @@ class StoredImage:
         "How many planes the file or folder has."
         return plane_count(self.pixels)
 
+    @property
+    def plane_note(self) -> str:  # Empty for what is no stack
+        "Which plane this is, and how many others nobody sees who looks at it only."
+        note = self.pixels.layout.plane
+        unseen = f"{self.planes - 1} of {self.planes} planes were not looked at: " if self.planes > 1 else ""
+        return f"{unseen}only {note} was read" if note else ""
+
     def read(
         self,
         y: int,  # Top row, pixels of the level

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BINARY_P2C', 'THRESHOLD', 'MASK_CODINGS', 'BINARY', 'VIABLE_SCLEROSED', 'PROBLEMS', 'MaskCoding', 'grey_level',
-           'read_labels', 'read_mask', 'PairProblem', 'validate_pairs', 'require_good_pairs']
+           'read_labels', 'read_mask', 'PairProblem', 'validate_pairs', 'unread_planes', 'require_good_pairs']
 
 # %% ../../nbs/11_data.mask.ipynb #84f70fe7
 from collections.abc import Callable, Iterator
@@ -169,7 +169,8 @@ def _mask_problems(image: Image | None, path: str, coding: str, allow_empty: boo
     if not mask.any() and not allow_empty:
         values = opened.read_all() if needs_window(opened.layout) else opened.rgb()
         largest, meaning = np.atleast_1d(values.max(axis=(0, 1))).tolist(), MASK_CODINGS[coding].meaning
-        yield "empty mask", f"{path} marks nothing as {coding!r} ({meaning}); its largest value is {largest}"
+        where = f"; {opened.plane_note}" if opened.plane_note else ""
+        yield "empty mask", f"{path} marks nothing as {coding!r} ({meaning}); its largest value is {largest}{where}"
 
 # %% ../../nbs/11_data.mask.ipynb #b24d0599
 def validate_pairs(
@@ -193,6 +194,20 @@ def validate_pairs(
     return found
 
 # %% ../../nbs/11_data.mask.ipynb #fbda6276
+def unread_planes(
+    cohort: Cohort,  # Headers of its images and masks are read
+) -> list[str]:  # One line a file, naming it
+    "Stacks: a row of a cohort is one plane, and what lies in the others is neither trained on nor measured."
+    said = []
+    for path in dict.fromkeys(p for name in ("image", "mask") for p in cohort.table[name] if p):
+        try:
+            image = open_image(path)
+        except EqError:
+            continue  # `validate_pairs` says so
+        said += [f"{path}: {image.plane_note}"] if image.plane_note else []
+    return said
+
+
 def require_good_pairs(
     cohort: Cohort,  # Every row is looked at
     masks: bool = True,  # As in `validate_pairs`

@@ -129,7 +129,7 @@ def _plane(volume: NiftiVolume, plane: int) -> RasterPixels:
     size, source = volume.px_size
     width, height = volume.shape[:2]
     check_declared_size(volume.path, height, width)
-    layout = Layout(height, width, 1, volume.rescale.dtype, px_size_um=size, px_size_source=source, plane=note)
+    layout = Layout(height, width, 1, volume.rescale.dtype, px_size_um=size, px_size_source=source, plane=note, body=True)
     return RasterPixels(volume.path, layout, lambda: volume.slice(plane))
 
 

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from ..core.registry import EqError
+from .pxsize import MAX_BODY_UM, MAX_TAG_UM
 
 # %% ../../nbs/10a_data.pixels.ipynb #c261ce8c
 KINDS = ("binary", "grey", "grey+alpha", "palette", "rgb", "rgb+alpha", "channels")
@@ -35,6 +36,7 @@ class Layout:
     px_size_um: float | None = None
     px_size_source: str = "unknown"
     plane: str = ""
+    body: bool = False  # Of a format in which scanners of whole bodies (CT, MR) write
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -50,6 +52,11 @@ class Layout:
     def axes(self) -> str:  # "YX" or "YXC"
         "The axes of what `read` returns."
         return "YX" if self.channels == 1 else "YXC"
+
+    @property
+    def px_limit_um(self) -> float:  # Micrometres
+        "Larger pixels cannot be: those of a whole-section camera, or of a body scanner, whose signed numbers are Hounsfield units in any file."
+        return MAX_BODY_UM if self.body or self.dtype.kind == "i" else MAX_TAG_UM
 
 # %% ../../nbs/10a_data.pixels.ipynb #4be767d5
 class Pixels(Protocol):

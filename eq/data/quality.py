@@ -18,6 +18,7 @@ import pandas as pd
 from ..core.registry import EqError, Registry
 from .cohort import Cohort
 from .io import Image, open_image
+from .pxsize import MAX_TAG_UM
 from .tissue import find_tissue
 
 # %% ../../nbs/12g_data.quality.ipynb #c27e00ea
@@ -176,7 +177,7 @@ def stain_rule(
     return (WARN, f"stain {far:.1f} spreads away from the usual one") if far > 4 else None
 
 
-SANE_UM = (0.0005, 10.0)  # half a nanometre of electron microscopy to a whole-section camera
+SANE_UM = (0.0005, MAX_TAG_UM)  # half a nanometre of electron microscopy to a whole-section camera; readers know where it may be more
 
 
 @RULES.register("pixel size")
@@ -188,8 +189,9 @@ def px_size_rule(
     size = row["px_size_um"]
     if size is None or pd.isna(size):
         return (WARN, "pixel size unknown: areas in px2 only") if reference.px_size_um is not None else None
-    if not SANE_UM[0] <= size <= SANE_UM[1]:
-        return REFUSE, f"pixel size {size:g} um; possible is {SANE_UM[0]:g} to {SANE_UM[1]:g}: a wrong unit?"
+    low, high = SANE_UM[0], row.get("px_limit_um", SANE_UM[1])
+    if not low <= size <= high:
+        return REFUSE, f"pixel size {size:g} um; possible is {low:g} to {high:g}: a wrong unit?"
     ratio = 1.0 if reference.px_size_um is None else size / reference.px_size_um
     if not 1 / 8 < ratio < 8:
         return REFUSE, f"pixel size {size:g} um where {reference.px_size_um:g} is usual: nm for um, or another magnification?"
@@ -199,7 +201,7 @@ def px_size_rule(
 def quality_table(
     cohort: Cohort,  # Images; masks are not looked at
     progress: Callable[[int], object] = lambda n: None,  # Told of each image
-) -> pd.DataFrame:  # image, px_size_um, the figures of Quality, problem ("" where it could be read)
+) -> pd.DataFrame:  # image, px_size_um, the figures of Quality, problem ("" where it could be read), px_limit_um: larger pixels cannot be
     "Measures every image; what cannot be read is listed with its problem."
     rows = []
     for path, size in zip(cohort.table["image"], cohort.table["px_size_um"], strict=True):
@@ -207,6 +209,7 @@ def quality_table(
         try:
             image = open_image(path, None if pd.isna(size) else float(size))
             row |= asdict(measure_quality(image)) | {"px_size_um": np.nan if image.px_size_um is None else image.px_size_um}
+            row["px_limit_um"] = image.layout.px_limit_um
         except EqError as error:
             row["problem"] = str(error)
         rows.append(row)

@@ -185,7 +185,7 @@ def _needs_pillow(page: Any) -> bool:
 
 
 def _pillow_pixels(path: Path, layout: Layout, planes: list[Plane]) -> RasterPixels:
-    if len(planes) > 1:
+    if len(planes) > 1 or layout.plane:
         raise EqError("a stack in this compression needs the package imagecodecs (pip install 'eq[wsi]'), or save it with deflate compression")
     check_declared_size(path, layout.height, layout.width)
     return RasterPixels(path, layout, lambda: decode_pil(path, "TIFF"))

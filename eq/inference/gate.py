@@ -185,7 +185,7 @@ def quality_findings(
     gate: Gate,  # Of the checkpoint
 ) -> list[Finding]:  # Empty when all is well
     "The verdict of `eq.data.quality` against the training images."
-    row = {"image": str(image.path), "px_size_um": image.px_size_um, **dict.fromkeys(FIGURES, np.nan), "problem": ""}
+    row = {"image": str(image.path), "px_size_um": image.px_size_um, "px_limit_um": image.layout.px_limit_um, **dict.fromkeys(FIGURES, np.nan), "problem": ""}
     try:
         row |= asdict(measure_quality(as_trained(image, gate.encoder.meta.px_size_um)))
     except EqError as error:

@@ -107,7 +107,8 @@ class Segmenter:
         image: Image,  # An opened image
     ) -> dict[str, Any]:  # JSON-able
         "Everything that decides the value of a tile: the image's bytes, how it is read, the network and what runs it."
-        return {"image": image.sha256, "px_size_um": image.px_size_um, "size": [image.height, image.width], **self.settings()}
+        read = {"image": image.sha256, "plane": image.plane, "px_size_um": image.px_size_um, "size": [image.height, image.width]}
+        return {**read, **self.settings()}
 
     def tile_pass(
         self,
@@ -159,6 +160,8 @@ class Prediction:
     image: str
     height: int
     width: int
+    plane: int  # Of the stack, from 0
+    planes: int  # The stack has; 1 for what is none
     px_size_um: float | None
     px_size_source: str
     factor: float  # The image was made smaller by this factor
@@ -176,8 +179,10 @@ class Prediction:
     probability: Path | None  # OME-Zarr
 
 
-def _warnings(tile_pass: TilePass, scale: WorkingScale) -> Iterator[str]:
+def _warnings(image: Image, tile_pass: TilePass, scale: WorkingScale) -> Iterator[str]:
     "What a reader of the result has to know."
+    if image.plane_note:
+        yield image.plane_note
     if "unknown" in scale.note:
         yield scale.note
     if tile_pass.darkest == tile_pass.brightest:
@@ -234,8 +239,9 @@ def predict_image(
     if tiles is None:  # else whoever chose the folder clears it: another worker may have been given the same image
         tile_pass.store.clear()
     return Prediction(
-        image=str(image.path), height=image.height, width=image.width, px_size_um=image.px_size_um, px_size_source=image.px_size_source,
-        factor=scale.factor, threshold=segmenter.meta.threshold, min_area_px=least, objects=objects, dropped=labeller.dropped,
-        foreground_px=foreground, unfilled_px=tile_pass.unfilled_px, ledger=tile_pass.ledger, warnings=tuple(_warnings(tile_pass, scale)),
-        seconds=perf_counter() - began, mask=folder / MASK, labels=folder / LABELS, probability=store.finish() if store else None,
+        image=str(image.path), height=image.height, width=image.width, plane=image.plane, planes=image.planes, px_size_um=image.px_size_um,
+        px_size_source=image.px_size_source, factor=scale.factor, threshold=segmenter.meta.threshold, min_area_px=least, objects=objects,
+        dropped=labeller.dropped, foreground_px=foreground, unfilled_px=tile_pass.unfilled_px, ledger=tile_pass.ledger,
+        warnings=tuple(_warnings(image, tile_pass, scale)), seconds=perf_counter() - began, mask=folder / MASK, labels=folder / LABELS,
+        probability=store.finish() if store else None,
     )  # fmt: skip

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CALLS', 'KNOWN', 'GUARDED', 'NAMES', 'Refused', 'Standin', 'Guarded', 'read_guarded', 'module_tensors', 'weights_in',
-           'check_tensors', 'read_weights', 'main']
+           'no_pickle', 'check_tensors', 'read_weights', 'main']
 
 # %% ../../nbs/24b_models.unpickle.ipynb #8bf83ff2
 import io
 import json
 import pickle
+import pickletools
 import re
 import zipfile
 from collections import OrderedDict
@@ -192,6 +193,32 @@ def weights_in(
     return tensors, f"{where} in {names[0]!r}"
 
 # %% ../../nbs/24b_models.unpickle.ipynb #070e37e3
+_OTHERS = {b"\x89HDF": "HDF5, as Keras writes it", b"\x1f\x8b": "gzip; unpack it first", b"GGUF": "GGUF", b"BZh": "bzip2; unpack it first",
+           b"\xfd7zXZ": "xz; unpack it first", b"7z\xbc\xaf": "7-Zip; unpack it first"}  # fmt: skip
+
+
+def no_pickle(
+    file: BinaryIO,  # Seekable
+    size: int,  # Its bytes
+) -> str:  # What the file is in place of a pickle; empty where it is, or begins like, one
+    "Looks at the file without running any of it: a warning of pickles helps nobody who has none."
+    file.seek(0)
+    head = file.read(9)
+    if head.startswith((b"PK", b"\x80")):
+        return ""
+    if head[8:] == b"{" and int.from_bytes(head[:8], "little") + 8 <= size:
+        return "a safetensors file: its weights are out already, there is nothing to extract"
+    if known := next((name for start, name in _OTHERS.items() if head.startswith(start)), ""):
+        return f"no pickle but {known}"
+    file.seek(0)
+    try:
+        for _ in pickletools.genops(file):
+            pass
+    except Exception:  # it raises many kinds, and each means: no opcodes
+        return "no pickle; expected fastai's export.pkl, a .pth of learn.save, another .pt or .ckpt"
+    return ""
+
+
 def check_tensors(
     tensors: Mapping[str, torch.Tensor],  # Found
     limit: int,  # Bytes
@@ -216,6 +243,8 @@ def read_weights(
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here, and each means: not without trust
+        if other := no_pickle(file, size):
+            raise Refused(f"it is {other}") from error
         if not trust:
             named = re.findall(r"GLOBAL ([\w.]+)", str(error))
             raise Refused(f"NEEDS TRUST{': it names ' + named[0] if named else ''}") from error

@@ -7,12 +7,14 @@ __all__ = ['app', 'classify', 'ingest_images', 'prepare_model', 'train_model', '
            'explain_images', 'embed_images', 'export_network', 'learning_rate', 'describe_model']
 
 # %% ../../nbs/73e_workflows.classify.ipynb #51860897
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..core.config import ClassifyConfig, load_config
+from ..core.registry import named_once
 
 # %% ../../nbs/73e_workflows.classify.ipynb #5f5cc00c
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="Classify whole images: stages of the pipeline, prediction, explanation, export.")
@@ -84,6 +86,12 @@ def evaluate_model() -> None:
     typer.echo(str(placed(config.paths.scores)))
 
 # %% ../../nbs/73e_workflows.classify.ipynb #f37d9398
+def _tell(table: Any, statuses: Sequence[str]) -> None:
+    "What did not become a result, one line each."
+    for row in [r for r in table.to_dict("records") if r["status"] in statuses]:
+        typer.echo(f"{row['status']}: {named_once(row['image'], row['note'])}", err=True)
+
+
 @app.command("predict", epilog="Example: eq classify predict slices/*.jpg --model outputs/classify/model --out predictions.csv")
 def predict_images(
     images: Annotated[list[Path], typer.Argument(help="Images, or folders of images")],  # What to classify
@@ -93,14 +101,22 @@ def predict_images(
     gate: Annotated[bool, typer.Option("--gate/--no-gate", help="Refuse pictures unlike those the network was trained on")] = True,  # Out-of-domain gate
 ) -> None:
     "Classify images; strangers are refused, bad files listed, the rest done."
+    import pandas as pd
+
     from eq.core.files import atomic_write
     from eq.data.formats import find_images
+    from eq.data.listing import Listing, left_out
     from eq.inference.classify import Classifier, Ensemble, predict_files
     from eq.inference.picture_gate import load_picture_gate
 
     networks = [Classifier.from_checkpoint(m) for m in model]
-    paths = [p for given in images for p in (find_images(given) if given.is_dir() else [given])]
-    table = predict_files(networks[0] if len(networks) == 1 else Ensemble(networks), paths, load_picture_gate(model[0], classifier=networks[0]) if gate else None, tta)
+    folders = [given for given in images if given.is_dir()]  # every slice of a DICOM series is a picture here
+    paths = [p for given in images for p in (find_images(given) if given in folders else [given])]
+    listing = Listing(tuple(paths), {p: why for folder in folders for p, why in left_out(folder).items() if p not in images})
+    doorkeeper = load_picture_gate(model[0], classifier=networks[0]) if gate else None
+    table = predict_files(networks[0] if len(networks) == 1 else Ensemble(networks), listing.images, doorkeeper, tta)
+    table = pd.concat([table, pd.DataFrame(listing.rows(), columns=["image", "status", "note"])]) if listing.left_out else table
+    _tell(table, ("left out",))
     if out is None:
         typer.echo(table.to_string(index=False))
     else:
@@ -114,8 +130,7 @@ def predict_images(
 # %% ../../nbs/73e_workflows.classify.ipynb #9e26cfd2
 def _told(table: Any, page: Path) -> None:
     "Bad files, counts, and where the page is; exit status 1 when a file failed."
-    for row in [r for r in table.to_dict("records") if r["status"] != "done"]:
-        typer.echo(f"{row['status']}: {row['image']}: {row['note']}", err=True)
+    _tell(table, [s for s in table["status"].unique() if s != "done"])
     counts = table["status"].value_counts()
     typer.echo(", ".join(f"{n} {status}" for status, n in counts.items()) + f"\n{page}")
     if counts.get("failed", 0):

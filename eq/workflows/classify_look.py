@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from ..core.files import atomic_write
 from ..core.provenance import Run, start_run
-from ..core.registry import EqError, unknown_name
+from ..core.registry import EqError, named_once, unknown_name
+from ..data.listing import list_images
 from ..inference.classify import DONE, FAILED, REFUSED, Classifier, read_for
 from ..inference.explain import METHODS, explain
 from ..inference.explain_score import score_map
@@ -25,7 +26,7 @@ from ..models.checkpoint import META, WEIGHTS, checkpoint_folder
 from ..reporting.explain_figure import Exhibit, explanation_figure, explanation_report, write_figure, write_surface
 from ..reporting.plotly_page import plotly_objects
 from ..reporting.render import Section, write_report
-from .image_job import expand_images, folder_names
+from .image_job import folder_names
 
 # %% ../../nbs/73g_workflows.classify_look.ipynb #19f41ead
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ def explain_pictures(
 ) -> Looked:  # Also when pictures failed; look at `status`
     "Maps with scores on one page. Raises EqError for a checkpoint, a class or a folder that cannot be used, and when no picture could be explained."
     plotly_objects()
-    paths, folder = expand_images(request.images), checkpoint_folder(request.model)
+    listing, folder = list_images(request.images, request.out), checkpoint_folder(request.model)
+    paths = listing.images
     classifier = Classifier.from_checkpoint(folder)
     target_of(classifier, request.target)
     params = {"method": request.method, "target": request.target, "gate": request.gate}
@@ -149,11 +151,11 @@ def explain_pictures(
         desk = Desk(classifier, load_picture_gate(folder, classifier=classifier) if request.gate else None, request, run)
         jobs = zip(paths, folder_names(paths), strict=True)
         found = [_one(desk, path, name) for path, name in tqdm(jobs, "explaining", len(paths), unit="picture", disable=request.quiet or None)]
-        table, exhibits = pd.DataFrame([row for row, _ in found]), [x for _, x in found if x is not None]
+        table, exhibits = pd.DataFrame([*(row for row, _ in found), *listing.rows()]), [x for _, x in found if x is not None]
         with atomic_write(run.dir / "scores.csv") as temp:
             table.to_csv(temp, index=False)
         if not exhibits:
-            raise EqError(f"none of {len(paths)} pictures could be explained; {paths[0]}: {table['note'][0]}")
+            raise EqError(f"none of {len(paths)} pictures could be explained; {named_once(paths[0], str(table['note'][0]))}")
         run.add_metrics(table["status"].value_counts().to_dict())
         page = _page(desk, exhibits, table)
     return Looked(page, table)

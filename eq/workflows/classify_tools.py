@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..core.config import ClassifyConfig
 from ..core.files import atomic_write, read_json, write_text
 from ..core.provenance import MANIFEST, start_run
-from ..core.registry import EqError, unknown_name
+from ..core.registry import EqError, named_once, unknown_name
 from ..core.results import CheckpointMeta, Interval
 from ..inference.classify import read_for
 from ..models.checkpoint import checkpoint_folder, read_meta
@@ -106,7 +106,7 @@ def export_checkpoint(
     names, folder = wanted_formats(formats), checkpoint_folder(model)
     samples = sample_pictures(read_meta(folder), images)
     for path, why in samples.skipped.items():
-        say(f"skipped: {path}: {why}")
+        say(f"skipped: {named_once(path, why)}")
     say(f"compared on {len(samples.compared)} pictures")
     tables, failed = [export_formats(folder, (), out, samples.compared)], dict[str, str]()
     for n, name in enumerate(names, 1):

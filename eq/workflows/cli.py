@@ -10,7 +10,7 @@ __all__ = ['VERBS', 'Option', 'Verb', 'add_verb', 'epilog', 'load_verb', 'overvi
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -102,9 +102,11 @@ add_verb("verify", "eq.workflows.verify", "Check a run's files against its manif
 # %% ../../nbs/70_workflows.cli.ipynb #902a3153
 def epilog(
     examples: tuple[str, ...],  # Commands as typed
+    nested: Sequence[str] = (),  # Verbs whose first word is this one: Typer does not know of them
 ) -> str:  # Text for the end of a help page
-    "Examples as they are shown below a verb's options."
-    return "\b\n" + "\n".join(["Examples:", *(f"  {line}" for line in examples)])
+    "Examples as they are shown below a verb's options, then the verbs that go on with its name."
+    also = "\n".join(["\n\n\b\nAlso, with a help page of its own:", *(f"  eq {name}  {VERBS[name].summary}" for name in nested)]) if nested else ""
+    return "\b\n" + "\n".join(["Examples:", *(f"  {line}" for line in examples)]) + also
 
 
 def load_verb(
@@ -119,7 +121,7 @@ def load_verb(
         app.command(help=module.command.__doc__ or verb.summary)(module.command)
     app.rich_markup_mode, app._add_completion = None, False
     command = get_command(app)
-    command.epilog = command.epilog or epilog(verb.examples)
+    command.epilog = command.epilog or epilog(verb.examples, [n for n in VERBS if n.startswith(f"{name} ")])
     return command
 
 

@@ -19,9 +19,10 @@ from tqdm.auto import tqdm
 from ..core.config import load_config
 from ..core.files import atomic_write, sha256_path, write_json
 from ..core.provenance import start_run
-from ..core.registry import EqError, unknown_name
+from ..core.registry import EqError, named_once, unknown_name
 from ..core.results import CheckpointMeta
 from ..data.cohort import Cohort
+from ..data.mask import unread_planes
 from ..data.source import load_source
 from ..data.split import split_cohort
 from ..inference.evaluate import METRICS, Evaluation, ScoreOptions, evaluate_cohort
@@ -174,6 +175,8 @@ def evaluate_source(
                 run.add_input(path)
         if flattering := seen_in_training(chosen, segmenter.meta):
             run.log.warning(f"{len(flattering)} of {len(chosen)} images were used in training: their scores flatter")
+        if stacks := unread_planes(chosen):
+            run.log.warning(f"{len(stacks)} images or masks are stacks of which one plane is read; the first: {stacks[0]}")
         if cohort.synthetic:
             run.log.warning(f"{cohort.name} is synthetic: made by eq, not photographed")
         with tqdm(total=len(chosen), desc="evaluating", unit="image", disable=request.quiet or None) as bar:
@@ -212,7 +215,7 @@ def command(
     typer.echo(f"{result.evaluation.cohort}, {result.what}: {len(result.evaluation.images)} images, intervals over {result.evaluation.unit}")
     typer.echo(result.table(bars).to_string(index=False, float_format=lambda v: f"{v:.3f}"))
     for image, why in result.evaluation.failed.items():
-        typer.echo(f"failed: {image}: {why}", err=True)
+        typer.echo(f"failed: {named_once(image, why)}", err=True)
     typer.echo(f"written to {result.folder}")
     if result.below or result.evaluation.failed:
         raise typer.Exit(1)

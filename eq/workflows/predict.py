@@ -8,7 +8,7 @@ __all__ = ['OPTIONS', 'PredictRequest', 'PredictResult', 'predict_images', 'chos
 # %% ../../nbs/74_workflows.predict.ipynb #bc3348ea
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import Parameter
 from pathlib import Path
@@ -22,16 +22,16 @@ from tqdm.auto import tqdm
 from ..core.config import load_config
 from ..core.files import atomic_write
 from ..core.provenance import Run, start_run
-from ..core.registry import EqError, unknown_name
+from ..core.registry import EqError, named_once, unknown_name
 from ..core.request import remember_request, same_request
-from ..data.io import open_image
+from ..data.listing import LEFT_OUT, list_images
 from ..data.pxsize import checked_px_size
 from ..inference.gate import BANK, NO_GATE, REFERENCE, REFUSE
 from ..inference.segment import Engine
 from ..models.checkpoint import META, WEIGHTS, checkpoint_folder
 from .batch import ENGINES, Cluster, Mapper
 from .cli import with_options
-from .image_job import GATES, ImageJob, TileJob, attempt, compute_tiles, expand_images, folder_names, gate_of, segmenter_of, tile_jobs
+from .image_job import GATES, ImageJob, TileJob, attempt, compute_tiles, folder_names, gate_of, segmenter_of, tile_jobs
 
 # %% ../../nbs/74_workflows.predict.ipynb #e3816a36
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class PredictRequest:
     resume: bool = False  # Go on in `out`
     cluster: Cluster = field(default_factory=Cluster)  # Where work goes
     gate: str = GATES[0]  # What the gate's verdict does: mark, enforce or off
+    plane: int = 0  # Of stacks
 
     def __post_init__(self) -> None:
         if self.gate not in GATES:
@@ -60,15 +61,14 @@ class PredictResult:
     "What a run left behind."
 
     folder: Path  # One folder an image, summary.csv, manifest.json
-    table: pd.DataFrame  # summary.csv: one row an image
+    table: pd.DataFrame  # summary.csv: one row an image, and one for each file or folder of images that was left out
     failed: tuple[str, ...]  # Images that could not be predicted
 
 # %% ../../nbs/74_workflows.predict.ipynb #0a859b28
-def _jobs(request: PredictRequest) -> list[ImageJob]:
+def _jobs(request: PredictRequest, paths: Sequence[Path]) -> list[ImageJob]:
     "A job for each image, with the name of its folder in a run."
-    paths, model = expand_images(request.images), checkpoint_folder(request.model)
-    names = folder_names(paths)
-    wanted = (model, request.engine, request.px_size_um, request.rois, request.probability, request.gate)
+    names, model = folder_names(paths), checkpoint_folder(request.model)
+    wanted = (model, request.engine, request.px_size_um, request.rois, request.probability, request.gate, request.plane)
     return [ImageJob(p, Path(n), *wanted) for p, n in zip(paths, names, strict=True)]
 
 
@@ -77,7 +77,7 @@ def _count_tiles(jobs: list[ImageJob]) -> int:
     total = 0
     for job in jobs:
         try:
-            image = open_image(job.path, job.px_size_um)
+            image = job.open()
             total += len(segmenter_of(job.model, job.engine).tile_pass(image, image.px_size_um).tiles)
         except EqError:
             continue  # it will be listed as failed when its turn comes
@@ -89,9 +89,9 @@ def _report(rows: list[dict[str, Any]], run: Run) -> pd.DataFrame:
     table = pd.DataFrame([{k: v for k, v in row.items() if k != "ledger"} for row in rows])
     with atomic_write(run.dir / "summary.csv") as temp:
         table.to_csv(temp, index=False)
-    done = [row for row in rows if row["status"] == "done"]
-    run.add_metrics({"images": len(rows), "failed": {row["image"]: row["note"] for row in rows if row["status"] == "failed"},
-                     "gate": table["gate"].value_counts().to_dict() if "gate" in table else {},
+    done, missed = [row for row in rows if row["status"] == "done"], {row["image"]: row["note"] for row in rows if row["status"] == LEFT_OUT}
+    run.add_metrics({"images": len(rows) - len(missed), "failed": {row["image"]: row["note"] for row in rows if row["status"] == "failed"},
+                     "left_out": missed, "gate": table["gate"].value_counts().to_dict() if "gate" in table else {},
                      "objects": sum(row["objects"] for row in done), "tiles": {row["folder"]: row["ledger"] for row in done}})
     return table
 
@@ -115,6 +115,10 @@ def _warn(rows: list[dict[str, Any]], run: Run) -> None:
     done = [row for row in rows if row["status"] == "done"]
     if unknown := [row for row in done if row["px_size_um"] is None]:
         run.log.warning(f"pixel size unknown for {len(unknown)} of {len(done)} images: areas in px2 only; give --px-size-um if you know it")
+    if stacks := [row for row in done if row["planes"] > 1]:
+        unseen, which = sum(row["planes"] - 1 for row in stacks), stacks[0]["plane"]
+        text = "--plane chooses another, eq data convert makes an image of each"
+        run.log.warning(f"{len(stacks)} of {len(done)} images are stacks of which plane {which} was segmented; {unseen} planes were not looked at: {text}")
     if strangers := [row["folder"] for row in done if row.get("gate") == REFUSE]:
         text = "their numbers should not count, see gate_reasons in summary.csv"
         run.log.warning(f"{len(strangers)} of {len(done)} images were refused by the gate and segmented all the same; {text}")
@@ -163,12 +167,14 @@ def predict_images(
     request: PredictRequest,  # What to predict with what
 ) -> PredictResult:  # Also when images failed; look at `failed`
     "Segments images into a run folder. Raises EqError for a checkpoint, an engine or a folder that cannot be used, and on a full disk."
-    planned = _jobs(request)
+    listing = list_images(request.images, request.out)
+    planned = _jobs(request, listing.images)
     ENGINES[request.cluster.engine]
     if request.px_size_um is not None:
         checked_px_size(request.px_size_um)
     segmenter = segmenter_of(checkpoint_folder(request.model), request.engine)
-    params = {**segmenter.settings(), "px_size_um_given": request.px_size_um, "rois": request.rois, "probability": request.probability, "gate": request.gate}
+    asked = {k: getattr(request, k) for k in ("plane", "rois", "probability", "gate")}
+    params = {**segmenter.settings(), "px_size_um_given": request.px_size_um, **asked}
     gate = gate_of(checkpoint_folder(request.model), request.engine.device) if request.gate != "off" else None
     if request.resume and request.out is not None:
         same_request(request.out, params)
@@ -181,7 +187,7 @@ def predict_images(
             rows = _rows(jobs, request, run, bar)
         shutil.rmtree(run.dir / ".work", ignore_errors=True)
         _warn(rows, run)
-        table = _report(rows, run)
+        table = _report([*rows, *({"folder": "", **row} for row in listing.rows())], run)
     return PredictResult(run.dir, table, tuple(row["image"] for row in rows if row["status"] == "failed"))
 
 # %% ../../nbs/74_workflows.predict.ipynb #1684dd4b
@@ -201,6 +207,7 @@ OPTIONS: dict[str, tuple[Any, Any, Any]] = {  # name to type, default, and what 
     "model": (Path, Parameter.empty, typer.Option(help="Checkpoint: a folder with model.json and model.safetensors")),
     "out": (Path | None, None, typer.Option(help="Folder for the results, new or empty [default: a new one below outputs/]")),
     "px_size_um": (float | None, None, typer.Option(help="Micrometres per pixel of all images [default: what each file says]")),
+    "plane": (int, 0, typer.Option(min=0, help="Which plane of stacks, volumes and series is segmented, from 0; the others are not looked at")),
     "backend": (str | None, None, typer.Option(help="auto, torch or openvino [params.yaml: predict.backend]")),
     "device": (str | None, None, typer.Option(help="auto, cpu, cuda, cuda:N or mps [params.yaml: predict.device]")),
     "precision": (str | None, None, typer.Option(help="auto, fp32, bf16 or fp16 [params.yaml: predict.precision]")),
@@ -220,7 +227,7 @@ def requested(
     "Options of the command as a request."
     engine = chosen_engine(given["device"], given["precision"], given["backend"])
     cluster = Cluster(given["engine"], given["scheduler"], given["workers"], max(1, (os.cpu_count() or 1) // given["workers"]))
-    plain_ones = {k: given[k] for k in ("model", "out", "px_size_um", "rois", "probability", "gate", "resume")}
+    plain_ones = {k: given[k] for k in ("model", "out", "px_size_um", "plane", "rois", "probability", "gate", "resume")}
     return PredictRequest(tuple(given["images"]), engine=engine, cluster=cluster, **plain_ones)
 
 # %% ../../nbs/74_workflows.predict.ipynb #9b5461db
@@ -229,14 +236,16 @@ def command(
 ) -> None:
     "Segment images: mask, numbered objects, table, GeoJSON for QuPath and overlay for each. Exits with 1 when an image failed."
     result = predict_images(requested(given))
-    n = len(result.table)
-    for image, why in zip(result.table["image"], result.table["note"], strict=True):
-        if image in result.failed:
-            typer.echo(f"failed: {image}: {why}", err=True)
+    counts = result.table["status"].value_counts()
+    for image, status, why in zip(*(result.table[c] for c in ("image", "status", "note")), strict=True):
+        if status in ("failed", LEFT_OUT):
+            typer.echo(f"{status}: {named_once(image, why)}", err=True)
     objects = int(np.nansum(result.table["objects"].to_numpy(float))) if "objects" in result.table else 0
-    if counts := result.table["gate"].value_counts().to_dict() if "gate" in result.table else {}:
-        typer.echo("gate: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
-    typer.echo(f"{result.table['status'].tolist().count('done')} of {n} images segmented, {objects} objects: {result.folder}")
+    if gate := result.table["gate"].value_counts().to_dict() if "gate" in result.table else {}:
+        typer.echo("gate: " + ", ".join(f"{count} {verdict}" for verdict, count in gate.items()))
+    missed = counts.get(LEFT_OUT, 0)
+    rest = f", {missed} left out" if missed else ""
+    typer.echo(f"{counts.get('done', 0)} of {counts.sum() - missed} images segmented{rest}, {objects} objects: {result.folder}")
     if result.failed:
         raise typer.Exit(1)
 

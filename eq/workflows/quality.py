@@ -15,10 +15,10 @@ import typer
 from tqdm.auto import tqdm
 
 from ..core.files import atomic_write
-from ..core.registry import EqError
+from ..core.registry import EqError, named_once
 from ..data.cohort import Cohort
 from ..data.io import open_image
-from ..data.source import load_source
+from ..data.source import load_source, unread_of
 
 # %% ../../nbs/72f_workflows.quality.ipynb #f6100047
 def image_sizes(
@@ -82,7 +82,9 @@ def quality(
     with tqdm(total=len(table), desc="thumbnails", unit="image", disable=None) as bar:
         page = write_cohort_sheet(out / PAGE, table, f"Quality of {cohort.name}", progress=bar.update)
     for row in [r for r in table.to_dict("records") if r["verdict"] == REFUSE][:20]:
-        typer.echo(f"refused: {row['image']}: {row['reasons']}")
+        typer.echo(f"refused: {named_once(row['image'], row['reasons'])}")
+    for path in unread_of(source):
+        typer.echo(f"left out: {path}: {path.suffix} is not read; save it as OME-TIFF", err=True)
     counts = table["verdict"].value_counts()
     typer.echo(f"{len(table)} images: " + ", ".join(f"{counts.get(v, 0)} {v}" for v in ("accept", "warn", "refuse")) + f": {page}")
     if counts.get(REFUSE, 0):

@@ -109,6 +109,8 @@ def predict_stage(
     failed = table[table["status"] != "done"]
     if len(failed):
         study.note(f"{len(failed)} of {len(table)} images could not be segmented, the first {Path(failed['image'].iloc[0]).name}: {failed['note'].iloc[0]}")
+    if stacks := [r for r in records(table) if r.get("planes", 1) > 1]:
+        study.note(f"{len(stacks)} images are stacks of which plane 0 was segmented, the first {Path(stacks[0]['image']).name}: {stacks[0]['note']}")
     if len(failed) == len(table):
         raise EqError(f"none of the {len(table)} images could be segmented, the first {failed['image'].iloc[0]}: {failed['note'].iloc[0]}")
     keep_table(study, "predictions", table, [[*receipt.get(str(Path(i).resolve()), []), weights] for i in table["image"]], "image")

@@ -25,7 +25,7 @@ from ..data.block import load_samples, object_width, speck_area
 from ..data.cohort import Cohort
 from ..data.crops import CropPlan, Sample
 from ..data.leakage import check_leaks
-from ..data.mask import require_good_pairs
+from ..data.mask import require_good_pairs, unread_planes
 from ..data.source import load_source
 from ..data.split import Split, split_cohort
 from ..inference.gate import fit_gate
@@ -207,6 +207,8 @@ def train_segmentation(
     with start_run(f"train-{request.task}", request.out, params, resume=request.resume) as run:
         remember_request(run.dir, fixed)
         run.log.info(f"training {request.task} on {split.train.name}", train=len(split.train), validate=len(split.validate), unit=split.unit)
+        if stacks := [*unread_planes(split.train), *unread_planes(split.validate)]:
+            run.log.warning(f"{len(stacks)} images or masks are stacks of which one plane is read; the first: {stacks[0]}")
         run.log.info(f"leaks: {leaks.summary()}")
         run.add_metrics({"leaks": {"found": leaks.table().to_dict("records"), "allowed": leaks.allowed, "not_looked_at": list(leaks.notes)}})
         result = _train(request, split, px_size_um, run)
