@@ -109,7 +109,7 @@ def _coverage(grading: GradeResult) -> Check:
         return Check(what, False, "no set was given: every glomerulus is left to a person")
     said = f"{best['coverage']:.2f}; " + (f"95 % interval {best['low']:.2f} to {best['high']:.2f}" if best["low"] == best["low"] else "no interval")
     said += f", {best['n_animals']} animals, {best['n_scores']} scores" + (f" ({best['note']})" if best["note"] else "")
-    said += f"; {best['answered_coverage']:.2f} where a set was given"
+    said += f"; {best['answered_coverage']:.2f} where a set was given (a glomerulus left to a person counts as held)"
     missing = graded - best["n_glomeruli"]
     said += f"; {missing} of {graded} graded glomeruli have no such score, and whether their sets hold cannot be checked" if missing else ""
     return Check(what, best["coverage"] >= 0.9, said)
