@@ -85,11 +85,14 @@ def test_the_whole_way(study, capsys):
     assert {k: v for k, v in made.problems.items() if k != "sensitivity"} == {}
     effect = made.results["effects"].full[0]
     assert effect.groups == ("control", "drug") and effect.n_animals == 12 and effect.estimate > 0.3 and effect.p < 0.05 and stands(made)
-    for name in ("glomeruli", "features", "ratings", "grades", "effect"):
+    for name in ("glomeruli", "features", "ratings", "grades", "agreement", "effect"):
         table = pd.read_csv(report.parent / f"{name}.csv", dtype={"receipt": str})
         assert table["receipt"].str.fullmatch("[0-9a-f]{16}").all() and (report.parent / f"{name}.parquet").is_file(), name
     text = report.read_text(encoding="utf-8")
     places = [text.index(f"<h2>{title}</h2>") for title in ("The effect", "The glomeruli", "Checks", "Receipts")]
+    pairs = pd.read_csv(report.parent / "agreement.csv")["pair"].tolist()
+    assert pairs == ["Anna and Ben", "Anna and eq", "Ben and eq"] and "<h2>Pairs of raters</h2>" in text and "<h2>Prediction sets against people</h2>" in text
+    assert "hold one person&#39;s own score in 9 of 10" in text and "+nan" not in text
     assert places == sorted(places) and "<script" not in text and "http" not in text.split("</style>")[1]
     assert main(["verify", str(report.parent)]) == 0
     assert "every number came out the same" in capsys.readouterr().out
@@ -171,6 +174,27 @@ def test_one_group_only(world, tmp_path):
     assert "effect" in made.problems and "group" in made.problems["effect"] and not stands(made)
     text = report.read_text(encoding="utf-8")
     assert "No effect can be given" in text and "Agreement of people" in text and "The glomeruli" in text
+
+
+def test_three_groups_are_all_told(world, tmp_path, monkeypatch):
+    "The one that comes first in the alphabet did nothing, and the page does not stop there."
+    monkeypatch.setattr("eq.workflows.study_checks.LEVELS", (0.85,))
+    names = {f"m{a:02d}": ("caffeine", "drug", "control", "drug")[a % 4] for a in range(12)}
+    report, made = changed(world, tmp_path, "three", lambda t: t.assign(group=[names[s] for s in t["subject"]]), draws=20)
+    none, drug = made.results["effects"].full
+    assert (none.groups[1], none.clear, drug.groups[1], drug.clear) == ("caffeine", False, "drug", True) and drug.p < drug.p_holm < 0.05
+    text = report.read_text(encoding="utf-8")
+    assert "No effect of caffeine is shown" in text and "Glomeruli of drug are graded" in text and f"p = {drug.p_holm:.2g} adjusted for 2 comparisons" in text
+    assert "sensitivity" not in made.problems and set(made.tables["sensitivity"]["group"]) == {"caffeine", "drug"} and "drug: The conclusion" in text
+    assert made.tables["sensitivity"]["what"].is_unique and "effect of drug" in text
+
+
+def test_one_animal_a_group_says_so_in_words(world, tmp_path):
+    names = {f"m{a:02d}": f"g{a:02d}" if a else "control" for a in range(12)}
+    report, made = changed(world, tmp_path, "single", lambda t: t.assign(group=[names[s] for s in t["subject"]]), draws=20)
+    assert np.isnan(made.results["effects"].full[0].p)
+    text = report.read_text(encoding="utf-8")
+    assert "no interval" in text and "how much animals differ is unknown" in text and "nan" not in text.split("<h2>Ledger")[0].replace("data:image", "").split("</style>")[1].split("<h2>The effect</h2>")[0]
 
 
 def test_a_subject_in_two_groups(world, tmp_path):

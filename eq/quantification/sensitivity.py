@@ -224,6 +224,7 @@ def measure_sensitivity(
             made, reached = perturb_to(labels, kind, dice, plan.seed)
             rows += [{"kind": kind, "dice": dice, "reached": reached} | found for found in _effects_of(regrade, made, calibration, plan, groups)]
     table = pd.DataFrame(rows)
+    table.insert(0, "group", table.pop("group"))
     first = dict(zip(groups, table["estimate"], strict=False))  # the rows of the untouched cohort
     same = np.sign(table["estimate"]) == np.sign(table["group"].map(first))
     return Sensitivity(table.assign(survives=table["clear"] & same).drop(columns="clear"), measured)

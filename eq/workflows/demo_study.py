@@ -82,7 +82,7 @@ def study_end(
         why = study.problems.get("effect", "the study has no stage 'effect'")
         return StudyEnd(truth, Check("the treatment effect can be told", False, why), report)
     e = study.results["effects"].full[0]
-    said = f"difference of mean grade {e.estimate:+.2f} ({100 * e.level:.0f} % interval {e.low:+.2f} to {e.high:+.2f}, {e.n_animals} animals); painted {truth:+.2f}"
+    said = f"difference of mean grade {e.estimate:+.2f} ({100 * e.level:.0f} % interval {e.ends}, {e.n_animals} animals); painted {truth:+.2f}"
     said += "" if passed else "; images leak"
     return StudyEnd(truth, Check("the treatment effect can be told", passed, said), report, (e.estimate, e.low, e.high))
 

@@ -22,6 +22,7 @@ from ..data.cohort import Cohort, load_cohort
 from ..models.checkpoint import META, WEIGHTS, checkpoint_folder
 from ..quantification.counting import RULES
 from ..quantification.grader import GRADERS
+from ..quantification.instances import records
 from ..reporting.render import write_report
 from .cli import with_options
 from .stages import Study, run_stages
@@ -68,7 +69,9 @@ def found_numbers(
         made["effect"] = [e.to_dict() for e in study.results["effects"].effects]
     if "grading" in study.results:
         grading = study.results["grading"]
-        made["grades"], made["sets"] = grading.quality.grades.to_dict(), (grading.sets or grading.quality.sets).to_dict()
+        made["grades"], made["sets"] = grading.quality.grades.to_dict(), records(grading.held)
+    if "agreement" in study.results and (own := study.results["agreement"].model_qwk):
+        made["agreement"] = {"grader_with_people": own.to_dict(), "people": study.results["agreement"].mutual_qwk}
     if "leaks" in study.results:
         made["leaks"] = study.results["leaks"].summary()
     return made

@@ -19,7 +19,7 @@ from ..core.registry import EqError, Registry
 from .stages import Study, run_stages
 
 # %% ../../nbs/79d_workflows.replay.ipynb #5949abf4
-TABLES = {"predictions": "image", "glomeruli": "id", "features": "id", "ratings": "rating", "grades": "id", "effect": "effect", "sensitivity": "what"}
+TABLES = {"predictions": "image", "glomeruli": "id", "features": "id", "ratings": "rating", "grades": "id", "agreement": "pair", "effect": "effect", "sensitivity": "what"}
 
 
 def check_receipts(

@@ -111,6 +111,11 @@ def agreement_stage(
     model = study.tables["grades"].set_index("id")["grade"] if "grades" in study.tables else None
     found = agree(ratings[["id", "rater", "score"]], table["subject"], model, seed=options_of(study).seed)
     study.results["agreement"] = found
+    pairs = found.pairs.assign(pair=[f"{r['rater_a']} and {r['rater_b']}" for r in records(found.pairs)])
+    if len(pairs):
+        by = {r: ratings.loc[ratings["rater"] == r, "receipt"].tolist() for r in ratings["rater"].unique()}
+        own = study.tables["grades"]["receipt"].tolist() if model is not None else []
+        keep_table(study, "agreement", pairs, [[*by.get(r["rater_a"], own), *by.get(r["rater_b"], own)] for r in records(pairs)], "pair")
     for text in found.notes:
         study.note(text)
 

@@ -23,6 +23,7 @@ from ..data.pxsize import checked_px_size
 from ..quantification.agreement import COEFFICIENTS
 from ..quantification.crop import CropSource, scale_of, white_of_picture
 from ..quantification.effect import Effect
+from ..quantification.grade import GradeResult
 from ..quantification.instances import records
 from ..quantification.lumen import find_parts
 from ..reporting.forest import forest_plot
@@ -34,20 +35,29 @@ from .study import opened, options_of, the_cohort
 
 # %% ../../nbs/75e_workflows.study_report.ipynb #f5dc47a6
 def answer_of(
-    effect: Effect,  # To be reported
-) -> str:  # One sentence
+    *effects: Effect,  # To be reported, one a group that was compared with the control
+) -> str:  # One sentence a group
     "The answer in words."
+    return " ".join(_sentence(e, len(effects)) for e in effects)
+
+
+def _sentence(effect: Effect, groups: int) -> str:
+    "One of several groups against the control."
     control, group = effect.groups
     if effect.estimate != effect.estimate:
         return f"{group} could not be compared with {control}: {effect.note}"
     way = "higher" if effect.estimate >= 0 else "lower"
-    said = f"Glomeruli of {group} are graded {abs(effect.estimate):.2f} {way} than those of {control}"
-    if effect.low != effect.low:
-        return f"{said}; {effect.note or 'no interval can be given'}."
-    ends = f"{100 * effect.level:.0f} % interval {effect.low:+.2f} to {effect.high:+.2f}, {effect.n_animals} animals"
-    if effect.low <= 0 <= effect.high:
-        return f"No effect is shown: {said[0].lower()}{said[1:]} ({ends}), and an effect anywhere in that interval fits these animals."
-    return f"{said} ({ends})."
+    said = f"glomeruli of {group} are graded {abs(effect.estimate):.2f} {way} than those of {control}"
+    if effect.low != effect.low and effect.high != effect.high:
+        return f"{said[0].upper()}{said[1:]}; {effect.note or 'no interval can be given'}."
+    ends = f"{100 * effect.level:.0f} % interval {effect.ends}, {effect.n_animals} animals"
+    ends += f", p = {effect.p_holm:.2g} adjusted for {groups} comparisons" if groups > 1 and effect.p_holm == effect.p_holm else ""
+    ends += f"; {effect.note}" if "no end" in effect.ends and effect.note else ""
+    if effect.clear:
+        return f"{said[0].upper()}{said[1:]} ({ends})."
+    if effect.low > 0 or effect.high < 0:
+        return f"No effect of {group} is shown once {groups} comparisons are allowed for: {said} ({ends})."
+    return f"No effect{f' of {group}' if groups > 1 else ''} is shown: {said} ({ends}), and an effect anywhere in that interval fits these animals."
 
 # %% ../../nbs/75e_workflows.study_report.ipynb #69288e66
 def exhibits_of(
@@ -81,19 +91,33 @@ def _quality(study: Study) -> Iterator[Check]:
     if "grading" not in study.results:
         return
     grading = study.results["grading"]
-    sets, qwk = grading.sets or grading.quality.sets, grading.quality.grades.qwk
-    what = "the grade behind people's scores" if grading.sets else "the people's grade"
-    yield Check(f"prediction sets hold {what} in 9 of 10 glomeruli", sets.coverage.estimate >= 0.9, _said(sets.coverage))
+    sets = grading.quality.sets
+    yield _coverage(grading)
     yield Check("a set is narrow enough to be of use (2 grades or fewer, 15 % abstained or fewer)",
                 sets.mean_size.estimate <= 2 and sets.abstained.estimate <= 0.15, f"mean size {sets.mean_size.estimate:.2f}, {sets.abstained.estimate:.0%} abstained")
-    if "agreement" in study.results and np.isfinite(people := study.results["agreement"].mutual_qwk):
-        detail = f"grader {qwk.estimate:.2f}, people {people:.2f} (quadratic weighted kappa)"
-        yield Check("the grader agrees with people as people agree among themselves", qwk.estimate >= people, detail)
+    found = study.results.get("agreement")
+    if found and (own := found.model_qwk) and np.isfinite(found.mutual_qwk):
+        detail = f"grader with each person {own.estimate:.2f} ({_ends(own)}), people with each other {found.mutual_qwk:.2f}; means over pairs of quadratic weighted kappa"
+        yield Check("the grader agrees with each person as people agree with each other", own.estimate >= found.mutual_qwk, detail)
 
 
-def _said(interval: Interval) -> str:
-    "An interval with its estimate."
-    return f"{interval.estimate:.2f}; {interval_text(interval, 'animals')}"
+def _coverage(grading: GradeResult) -> Check:
+    "Sets against what people said; no model has a say in it."
+    best, graded = records(grading.held)[0], len(grading.scores)
+    what = f"prediction sets hold {best['against']} in 9 of 10 glomeruli, of animals that the grader had not seen"
+    if best["answered_coverage"] != best["answered_coverage"]:
+        return Check(what, False, "no set was given: every glomerulus is left to a person")
+    said = f"{best['coverage']:.2f}; " + (f"95 % interval {best['low']:.2f} to {best['high']:.2f}" if best["low"] == best["low"] else "no interval")
+    said += f", {best['n_animals']} animals, {best['n_scores']} scores" + (f" ({best['note']})" if best["note"] else "")
+    said += f"; {best['answered_coverage']:.2f} where a set was given (a glomerulus left to a person counts as held)"
+    missing = graded - best["n_glomeruli"]
+    said += f"; {missing} of {graded} graded glomeruli have no such score, and whether their sets hold cannot be checked" if missing else ""
+    return Check(what, best["coverage"] >= 0.9, said)
+
+
+def _ends(interval: Interval) -> str:
+    "An interval over animals in words."
+    return interval_text(interval, "animals") if interval.low == interval.low else f"no interval: {interval.note or 'too few animals'}"
 
 
 def study_checks(
@@ -128,18 +152,28 @@ def _stats(study: Study, receipts: dict[str, str]) -> tuple[Stat, ...]:
         made.append(Stat(text, label, f"{detail} [{receipts[name]}]"))
 
     if "effects" in study.results:
-        e, parents = study.results["effects"].full[0], study.tables["effect"]["receipt"].tolist()
-        add("effect", e.estimate, f"{e.estimate:+.2f}", "difference of mean grade", f"{e.low:+.2f} to {e.high:+.2f}, {e.n_animals} animals", parents)
-        add("p", e.p, f"{e.p:.2g}", "p-value, animals as the unit", f"{e.df:.1f} degrees of freedom", parents)
+        full, parents = study.results["effects"].full, study.tables["effect"]["receipt"].tolist()
+        for e in full:
+            of, which = (f" of {e.groups[1]}", f", {e.groups[1]} - {e.groups[0]}") if len(full) > 1 else ("", "")
+            add(f"effect{of}", e.estimate, _known(e.estimate, "+.2f"), f"difference of mean grade{which}", f"{e.ends}, {e.n_animals} animals", parents)
+            rest = f"{e.df:.1f} degrees of freedom" if e.df == e.df else e.note or "no test can be given"
+            rest = f"adjusted for {len(full)} comparisons (Holm); {_known(e.p, '.2g')} alone, {rest}" if len(full) > 1 and e.p == e.p else rest
+            p = e.p_holm if len(full) > 1 else e.p
+            add(f"p{of}", p, _known(p, ".2g"), f"p-value, animals as the unit{which}", rest, parents)
     if "glomeruli" in study.tables:
         status = study.tables["glomeruli"]["status"].value_counts().to_dict()
         rest = ", ".join(f"{n} {k}" for k, n in status.items() if k != "counted")
         counted, parents = int(status.get("counted", 0)), study.tables["glomeruli"]["receipt"].tolist()
         add("counted", counted, str(counted), "glomeruli counted", rest or "none left out", parents)
-    if "grading" in study.results:
-        q, parents = study.results["grading"].quality.grades.qwk, study.tables["grades"]["receipt"].tolist()
-        add("qwk", q.estimate, f"{q.estimate:.2f}", "agreement of grader and people", f"quadratic kappa, {interval_text(q, 'animals')}", parents)
+    if "agreement" in study.results and (q := study.results["agreement"].model_qwk):
+        parents = study.tables["agreement"]["receipt"].tolist()
+        add("qwk", q.estimate, _known(q.estimate, ".2f"), "agreement of grader and people", f"quadratic kappa, mean over people; {_ends(q)}", parents)
     return tuple(made)
+
+
+def _known(value: float, form: str) -> str:
+    "A number, or the word for none."
+    return format(value, form) if value == value else "none"
 
 
 def _tables(study: Study) -> Iterator[Section]:
@@ -148,7 +182,11 @@ def _tables(study: Study) -> Iterator[Section]:
         a = study.results["agreement"]
         spelt = [COEFFICIENTS[s].about if s in COEFFICIENTS.names() else "mean quadratic weighted kappa of pairs (Cohen 1968)" for s in a.summary["statistic"]]
         yield Section("Agreement of people", "Among themselves; intervals over animals.", table=a.summary.assign(statistic=spelt))
+        yield Section("Pairs of raters", "Quadratic weighted kappa of every two; the grader, eq, is one of them.", table=a.pairs)
         yield Section("Each rater against the others", "How much higher or lower each one grades than the rest; the grader is one of them.", table=a.bias)
+    if "grading" in study.results:
+        text = "Scores of unseen animals that lie in the set. A glomerulus that is left to a person counts as held; the last share is without them. A single score misses the grade behind it more often than the median of several."
+        yield Section("Prediction sets against people", text, table=study.results["grading"].held)
     if "sensitivity" in study.results:
         found = study.results["sensitivity"]
         yield Section("Sensitivity to outlines", found.sentence(), table=found.table.drop(columns=["note", "reached"], errors="ignore"))
@@ -156,7 +194,7 @@ def _tables(study: Study) -> Iterator[Section]:
         yield Section("Sensitivity to outlines", study.problems["sensitivity"] + ".")
     if "review" in study.results and len(study.results["review"]):
         text = f"The first ten of {len(study.results['review'])}. Fill in the column score of review/review.csv."
-        yield Section("Whose review would narrow the interval most", text, table=study.results["review"].head(10))
+        yield Section("Whose review would narrow the intervals most", text, table=study.results["review"].head(10))
     if "ledger" in study.results:
         ledger = study.results["ledger"].assign(image=[Path(str(i)).name for i in study.results["ledger"]["image"]])
         yield Section("Ledger", "Found, counted, partial (cut by the border) and excluded; the estimate weighs whole ones for those that the border took.", table=ledger)
@@ -174,6 +212,7 @@ def study_report(
     sections = []
     if effects:
         caption = "Blue: the effect to report. Grey: without the grader's error, and two checks. Orange: what counting glomeruli as animals would claim."
+        caption += " Holm: the p-value adjusted for all groups that were compared." if len(study.results["effects"].full) > 1 else ""
         figure = Figure(forest_plot(effects), caption)
         sections.append(Section("The effect", figures=(figure,)))
     if "grades" in study.tables:
@@ -187,4 +226,4 @@ def study_report(
     cohort, code = the_cohort(study), code_version()
     facts = {"images": f"{cohort.name}: {cohort.terms}", "eq": f"{code['version']}, code {code['sha256'][:12]}", **{k: str(v) for k, v in study.options.items()}}
     named = {f"number: {k}": v for k, v in receipts.items()} | {f"{r.kind}: {r.name}": r.content for r in study.book if r.kind in ("image", "model")}
-    return Report(title, answer_of(effects[0]) if effects else f"No effect can be given: {why}", stats, tuple(sections), named, facts, SYNTHETIC if cohort.synthetic else "")
+    return Report(title, answer_of(*study.results["effects"].full) if effects else f"No effect can be given: {why}", stats, tuple(sections), named, facts, SYNTHETIC if cohort.synthetic else "")
