@@ -95,7 +95,7 @@ def test_the_grader_beats_the_people_it_learned_from():
     assert (np.diff(mean) > 0).all(), "monotone in the latent swelling"
     assert real.sets.coverage.estimate >= 0.9
     assert real.sets.mean_size.estimate <= 2 and real.sets.abstained.estimate <= 0.15
-    assert result.sets is not None and abs(result.sets.coverage.estimate - real.sets.coverage.estimate) < 0.06, "what the panel model expects is near the truth where its assumptions hold, as here"
+    assert result.sets is not None and abs(result.sets.coverage.estimate - real.sets.coverage.estimate) < 0.06, "the panel model is right here"
 
 
 def test_where_people_share_no_glomerulus_sets_are_about_a_score_and_the_notes_say_so(tables):

@@ -143,7 +143,7 @@ def _by_section(counted: pd.DataFrame, rules: CountingRules) -> pd.DataFrame:
     "Weights of the section on top of those of the rule. Over all pictures at once: the factor that is free must be the same for each of them."
     rows = (counted["status"] == "counted").to_numpy()
     weight = counted["weight"].to_numpy(float, copy=True)
-    weight[rows] *= SECTION_WEIGHTS[rules.section](counted[rows])
+    weight[rows] *= SECTION_WEIGHTS[rules.section](pd.DataFrame(counted[rows]))
     return counted.assign(weight=weight)
 
 # %% ../../nbs/50c_quantification.counting.ipynb #5e3c1b07

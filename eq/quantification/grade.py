@@ -66,12 +66,12 @@ def sets_by_people(
     scores: pd.DataFrame,  # The scores table, of models that had not seen the animal
     ratings: pd.DataFrame,  # Columns id, rater, score
     seed: int = 0,  # Of the bootstrap
-) -> pd.DataFrame:  # against, n_scores, n_glomeruli, n_animals, coverage, low, high, answered_coverage (not left to a person), note; MEDIAN first where there is one, OWN, each person
-    "How often prediction sets hold what people said. Raises EqError where nobody scored a graded glomerulus."
+) -> pd.DataFrame:  # against, n_scores, n_glomeruli, n_animals, coverage, low, high, answered_coverage (not left to a person), note
+    "How often prediction sets hold what people said: MEDIAN where there is one, OWN, then each person. Raises EqError where nobody scored a graded glomerulus."
     both = scores[["id", "subject", "low", "high", "set_size", "abstained"]].merge(checked_ratings(ratings), on="id")
     if both.empty:
         raise EqError(f"none of the {len(scores)} graded glomeruli was scored by a person: whether their sets hold cannot be checked")
-    shared = both[both.groupby("id")["rater"].transform("nunique") >= MANY]
+    shared = pd.DataFrame(both[both["id"].map(both["id"].value_counts()) >= MANY])
     rows = []
     if len(shared):
         one = shared.drop_duplicates("id")

@@ -27,7 +27,7 @@ def median_score(
     ratings: pd.DataFrame,  # Columns id, rater, score
 ) -> pd.Series:  # Index id, float; a half where two middle scores leave one
     "People's word on each glomerulus as a number. Raises EqError for scores that are no grades."
-    return checked_ratings(ratings).groupby("id", sort=False)["score"].median().astype(float)
+    return pd.Series(checked_ratings(ratings).groupby("id", sort=False)["score"].median()).astype(float)
 
 
 def consensus(

@@ -171,9 +171,10 @@ class Sensitivity:
     def limit(self) -> float:  # NaN where there was no conclusion, or none survived
         "The lowest overlap down to which every kind of error left every conclusion standing."
         found, untouched = float("nan"), self.table["kind"] == "none"
-        concluded = self.table["group"].isin(self.table["group"][untouched & self.table["survives"]])
-        for dice, rows in sorted(self.table[~untouched & concluded].groupby("dice"), reverse=True):
-            if not rows["survives"].all():
+        concluded = self.table["group"].isin(list(self.table.loc[untouched & self.table["survives"], "group"]))
+        stands = self.table[~untouched & concluded].groupby("dice")["survives"].agg(all).to_dict()  # of a Dice, whether all do
+        for dice in sorted(stands, reverse=True):
+            if not stands[dice]:
                 break
             found = float(dice)
         return found
@@ -226,5 +227,5 @@ def measure_sensitivity(
     table = pd.DataFrame(rows)
     table.insert(0, "group", table.pop("group"))
     first = dict(zip(groups, table["estimate"], strict=False))  # the rows of the untouched cohort
-    same = np.sign(table["estimate"]) == np.sign(table["group"].map(first))
+    same = np.sign(table["estimate"].to_numpy()) == np.sign([first[g] for g in table["group"]])
     return Sensitivity(table.assign(survives=table["clear"] & same).drop(columns="clear"), measured)

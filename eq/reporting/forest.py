@@ -28,7 +28,7 @@ def forest_plot(
     title: str = "",  # Above the plot
     width: float = 7.5,  # Inches
 ) -> Figure:  # Without a backend: save it, or show it in a notebook
-    "One line an effect: estimate, interval (an arrow where it has no end), p-value, with that of Holm where there are several groups. Raises EqError when there is none."
+    "One line an effect: estimate, interval (an arrow where it has no end), p-value, Holm's too where there are several groups. Raises EqError for no effect."
     if not effects:
         raise EqError("no effects to plot; valid: at least one")
     several = len({e.groups for e in effects}) > 1
@@ -43,7 +43,8 @@ def forest_plot(
             ax.plot(e.estimate, y, "s" if e.noise == FULL else "o", color=colour, ms=7 if e.noise == FULL else 5)
         ax.annotate(_words(e, several), (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=colour)
         if low < high and e.ends.count("no end"):
-            ax.annotate("", (float(e.high != e.high), y), (e.estimate, y), xycoords=("axes fraction", "data"), textcoords="data", arrowprops={"arrowstyle": "->", "color": colour})
+            arrow = {"arrowstyle": "->", "color": colour}
+            ax.annotate("", (float(e.high != e.high), y), (e.estimate, y), xycoords=("axes fraction", "data"), textcoords="data", arrowprops=arrow)
     labels = [f"{e.groups[1]} - {e.groups[0]}: {e.model}" for e in effects]
     ax.set(yticks=range(len(effects)), yticklabels=labels, xlabel="difference of mean grade", title=title, ylim=(len(effects) - 0.4, -0.6))
     ax.tick_params(axis="y", labelsize=8)

@@ -185,7 +185,8 @@ def _tables(study: Study) -> Iterator[Section]:
         yield Section("Pairs of raters", "Quadratic weighted kappa of every two; the grader, eq, is one of them.", table=a.pairs)
         yield Section("Each rater against the others", "How much higher or lower each one grades than the rest; the grader is one of them.", table=a.bias)
     if "grading" in study.results:
-        text = "Scores of unseen animals that lie in the set. A glomerulus that is left to a person counts as held; the last share is without them. A single score misses the grade behind it more often than the median of several."
+        text = "Scores of unseen animals that lie in the set. A glomerulus that is left to a person counts as held; the last share is without them."
+        text += " A single score misses the grade behind it more often than the median of several does."
         yield Section("Prediction sets against people", text, table=study.results["grading"].held)
     if "sensitivity" in study.results:
         found = study.results["sensitivity"]
@@ -226,4 +227,5 @@ def study_report(
     cohort, code = the_cohort(study), code_version()
     facts = {"images": f"{cohort.name}: {cohort.terms}", "eq": f"{code['version']}, code {code['sha256'][:12]}", **{k: str(v) for k, v in study.options.items()}}
     named = {f"number: {k}": v for k, v in receipts.items()} | {f"{r.kind}: {r.name}": r.content for r in study.book if r.kind in ("image", "model")}
-    return Report(title, answer_of(*study.results["effects"].full) if effects else f"No effect can be given: {why}", stats, tuple(sections), named, facts, SYNTHETIC if cohort.synthetic else "")
+    answer = answer_of(*study.results["effects"].full) if effects else f"No effect can be given: {why}"
+    return Report(title, answer, stats, tuple(sections), named, facts, SYNTHETIC if cohort.synthetic else "")
