@@ -211,12 +211,12 @@ def train_segmentation(
     split = request.prepared or split_cohort(_cohort(request), **request.split)
     for part in (split.train, split.validate):
         require_good_pairs(part, allow_empty=True)
-    leaks = check_leaks(split, request.allow_leak)
+    leaks = check_leaks(split, request.allow_leak, request.quiet)
     params = {"task": request.task, "source": split.train.name, "start": str(request.start), "split": request.split, "values": request.values}
     with start_run(f"train-{request.task}", request.out, params, resume=request.resume) as run:
         run.log.info(f"training {request.task} on {split.train.name}", train=len(split.train), validate=len(split.validate), unit=split.unit)
         run.log.info(f"leaks: {leaks.summary()}")
-        run.add_metrics({"leaks": {"found": leaks.table().to_dict("records"), "allowed": leaks.allowed, "not_looked_at": list(leaks.notes)}})
+        run.add_metrics({"leaks": leaks.record()})
         result = _train(request, split, run)
         run.log.info("trained", validation_dice=round(result.meta.metrics["validation_dice"], 3), crops=result.crops, seconds=round(result.seconds))
     return result
