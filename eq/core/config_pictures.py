@@ -56,11 +56,12 @@ class ClassifyConfig(Strict):
     scheme: str | None = Field(description="Split scheme; null takes the source's own, else grouped folds")
     fold: int = Field(ge=0, description="The fold that is tested")
     seed: int = Field(ge=0, description="Seed of split, weights and augmentation")
+    allow_leak: str | None = Field(description="The reason to train although images leak between the parts, for manifest and report; null stops there")
     tracker: str = Field(description="Registered tracker: none, mlflow or wandb")
     experiment: str = Field(description="Name under which runs are tracked")
     source_sha256: str = Field(pattern="^([0-9a-fA-F]{64})?$", description="SHA-256 of the zip behind paths.source_url; empty where nobody knows it")
     tracking_uri: str = Field(description="Server or store of the tracker; empty: outputs/mlflow.db, or the service that wandb knows")
-    paths: ClassifyPaths
+    paths: ClassifyPaths = Field(description="Where the pipeline reads and writes")
 
 # %% ../../nbs/00b_core.config_pictures.ipynb #4dd5ead3
 class AnomalyConfig(Strict):

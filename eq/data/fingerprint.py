@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'GRID', 'CORNERS', 'MAX_DECODED', 'VERSION', 'grey_thumbnail', 'orientations', 'perceptual_hash',
-           'band_vector', 'Features', 'local_features', 'Fingerprint', 'make_fingerprint', 'fingerprints']
+           'band_vector', 'turned_vectors', 'Features', 'local_features', 'Look', 'look_at', 'Fingerprint',
+           'make_fingerprint', 'fingerprints']
 
 # %% ../../nbs/13b_data.fingerprint.ipynb #190ecf95
 import hashlib
@@ -62,6 +63,14 @@ def band_vector(
     length = float(np.linalg.norm(detail))
     return (detail / length if length > 1 else detail * 0).ravel()
 
+
+def turned_vectors(
+    vectors: np.ndarray,  # (n, GRID * GRID), from `band_vector`
+) -> np.ndarray:  # (8, n, GRID * GRID) float32, in the order of `orientations`
+    "The vectors of the flips and quarter turns of pictures: the same values in other places, so none of them has to be kept."
+    places = np.array([o.ravel() for o in orientations(np.arange(GRID * GRID).reshape(GRID, GRID))])
+    return np.moveaxis(vectors.astype(np.float32)[:, places], 1, 0)
+
 # %% ../../nbs/13b_data.fingerprint.ipynb #ca1d9d95
 CORNERS = 400
 
@@ -86,7 +95,24 @@ def local_features(
 
 # %% ../../nbs/13b_data.fingerprint.ipynb #02b98b43
 MAX_DECODED = 2**26  # Pixels; of larger images only the file is hashed
-VERSION = "1"  # Of what is kept
+VERSION = "2"  # Of what is kept
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    "An image seen closely: what it takes to lay it over another one."
+
+    thumb: np.ndarray  # (h, w) uint8
+    upright: Features
+    mirrored: Features  # Of the thumbnail with left and right swapped
+
+
+def look_at(
+    image: Image,  # Any opened image
+) -> Look:  # Made anew each time
+    "The thumbnail of an image and its corners. Raises EqError for unreadable ones."
+    thumb = grey_thumbnail(image)
+    return Look(thumb, local_features(thumb), local_features(np.ascontiguousarray(thumb[:, ::-1])))
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,16 +123,10 @@ class Fingerprint:
     pixel_sha256: str  # Of the decoded picture; empty for images beyond MAX_DECODED pixels
     height: int
     width: int
-    thumb: np.ndarray  # (h, w) uint8
     hashes: np.ndarray  # (8, 64) bool, of the orientations
-    vectors: np.ndarray  # (8, GRID * GRID) float32, of the orientations
-    upright: Features
-    mirrored: Features  # Of the thumbnail with left and right swapped
-
-    @property
-    def step(self) -> float:  # Image pixels a thumbnail pixel
-        "How much smaller the thumbnail is."
-        return max(1.0, self.height / self.thumb.shape[0])
+    vector: np.ndarray  # (GRID * GRID,) float16, of the picture as it is
+    upright: np.ndarray  # (n, 32) uint8, codes of its corners
+    mirrored: np.ndarray  # (m, 32) uint8, codes of the corners of its mirror image
 
 
 def make_fingerprint(
@@ -119,11 +139,9 @@ def make_fingerprint(
     if image.height * image.width <= MAX_DECODED:
         shown = np.ascontiguousarray(image.rgb())
         pixels = hashlib.sha256(f"{shown.shape}".encode() + shown.tobytes()).hexdigest()
-    thumb = grey_thumbnail(image)
-    turned = orientations(thumb)
-    hashes, vectors = np.array([perceptual_hash(t) for t in turned]), np.array([band_vector(t) for t in turned])
-    features = local_features(thumb), local_features(np.ascontiguousarray(thumb[:, ::-1]))
-    return Fingerprint(file_sha256 or sha256_path(Path(path)), pixels, image.height, image.width, thumb, hashes, vectors, *features)
+    look = look_at(image)
+    hashes, vector = np.array([perceptual_hash(t) for t in orientations(look.thumb)]), band_vector(look.thumb).astype(np.float16)
+    return Fingerprint(file_sha256 or sha256_path(Path(path)), pixels, image.height, image.width, hashes, vector, look.upright.codes, look.mirrored.codes)
 
 # %% ../../nbs/13b_data.fingerprint.ipynb #3f36467f
 def _kept(sha256: str) -> Path:
@@ -132,9 +150,8 @@ def _kept(sha256: str) -> Path:
 
 def _arrays(mark: Fingerprint) -> dict[str, np.ndarray]:
     text = np.frombuffer(f"{VERSION} {mark.pixel_sha256}".encode(), np.uint8)
-    found = {"about": text, "size": np.array([mark.height, mark.width], np.int64), "thumb": mark.thumb, "hashes": np.packbits(mark.hashes, axis=1)}
-    for name, features in (("upright", mark.upright), ("mirrored", mark.mirrored)):
-        found |= {f"{name}_points": features.points, f"{name}_codes": features.codes}
+    size, hashes = np.array([mark.height, mark.width], np.int64), np.packbits(mark.hashes, axis=1)
+    found = {"about": text, "size": size, "hashes": hashes, "vector": mark.vector, "upright": mark.upright, "mirrored": mark.mirrored}
     return {name: np.ascontiguousarray(values) for name, values in found.items()}
 
 
@@ -145,14 +162,13 @@ def _stored(sha256: str) -> Fingerprint | None:
     try:
         found = load_file(_kept(sha256))
         version, _, pixels = bytes(found["about"]).decode().partition(" ")
-        thumb, (height, width) = found["thumb"], found["size"].tolist()
-        features = [Features(found[f"{n}_points"], found[f"{n}_codes"]) for n in ("upright", "mirrored")]
-        hashes = np.unpackbits(found["hashes"], axis=1).astype(bool)
+        (height, width), hashes = found["size"].tolist(), np.unpackbits(found["hashes"], axis=1).astype(bool)
+        vector, codes = found["vector"], (found["upright"], found["mirrored"])
     except (SafetensorError, OSError, KeyError, ValueError):
         return None
-    if version != VERSION or hashes.shape != (8, 64) or thumb.ndim != 2:
+    if version != VERSION or hashes.shape != (8, 64) or vector.shape != (GRID * GRID,):
         return None
-    return Fingerprint(sha256, pixels, height, width, thumb, hashes, np.array([band_vector(t) for t in orientations(thumb)]), *features)
+    return Fingerprint(sha256, pixels, height, width, hashes, vector, *codes)
 
 
 def fingerprints(

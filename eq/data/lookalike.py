@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from .fingerprint import Features, Fingerprint
+from .fingerprint import Features, Fingerprint, Look, band_vector, turned_vectors
 
 # %% ../../nbs/13d_data.lookalike.ipynb #47491d8c
 HASH_NEAR, VECTOR_NEAR, VOTES_NEAR = 10, 0.75, 20
@@ -24,56 +24,79 @@ ROWS = 512  # Compared at a time
 Pairs = dict[tuple[int, int], int]  # Places of two images, the smaller first, to a number
 
 
+def _bits_apart(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    # (n, 8, 64) and (m, 8, 64) bool to (n, m): the first as they are, the others in the orientation that is nearest
+    mine, theirs = (h.astype(np.float32) * 2 - 1 for h in (hashes[:, 0], others))
+    return ((64 - np.max([mine @ theirs[:, turn].T for turn in range(8)], axis=0)) / 2).astype(int)
+
+
 def hash_distances(
     marks: Sequence[Fingerprint],  # Images
     others: Sequence[Fingerprint],  # Other images
 ) -> np.ndarray:  # (n, m) int, of 64 bits; over the eight orientations the smallest
     "Perceptual-hash distances of all pairs, each of one image and one other."
-    upright = np.array([m.hashes[0] for m in marks]).astype(np.float32) * 2 - 1
-    agree = [upright @ (np.array([o.hashes[turn] for o in others]).astype(np.float32) * 2 - 1).T for turn in range(8)]
-    return ((64 - np.max(agree, axis=0)) / 2).astype(int)
+    return _bits_apart(np.array([m.hashes for m in marks]), np.array([o.hashes for o in others]))
 
 
 def alike_pairs(
     marks: Sequence[Fingerprint],  # Images
     groups: np.ndarray,  # (n,) int; pairs of different groups are asked for
 ) -> Pairs:  # With their hash distance
-    "Pairs whose hashes or whose pictures at 32 x 32 are near in some orientation."
+    "Pairs whose hashes or whose pictures at 32 x 32 are near in some orientation; found ROWS by ROWS images at a time."
     found: Pairs = {}
-    vectors = [np.array([m.vectors[turn] for m in marks]) for turn in range(8)]
-    for start in range(0, len(marks), ROWS):
-        stop = start + ROWS
-        distance = hash_distances(marks[start:stop], marks)
-        near = distance <= HASH_NEAR
-        for turned in vectors:
-            near |= vectors[0][start:stop] @ turned.T >= VECTOR_NEAR
-        near &= groups[start:stop, None] != groups[None, :]
-        for i, j in zip(*np.nonzero(near), strict=True):
-            pair = (min(i + start, j), max(i + start, j))
-            found[int(pair[0]), int(pair[1])] = min(int(distance[i, j]), found.get(pair, 64))
+    hashes, vectors = np.array([m.hashes for m in marks]), np.array([m.vector for m in marks])
+    blocks = [slice(start, start + ROWS) for start in range(0, len(marks), ROWS)]
+    for n, mine in enumerate(blocks):
+        turned = turned_vectors(vectors[mine])
+        for theirs in blocks[n:]:
+            asked = groups[mine, None] != groups[None, theirs]
+            if not asked.any():
+                continue  # one part with itself
+            distance = np.minimum(_bits_apart(hashes[mine], hashes[theirs]), _bits_apart(hashes[theirs], hashes[mine]).T)
+            near, upright = distance <= HASH_NEAR, vectors[theirs].astype(np.float32).T
+            for vector in turned:
+                near |= vector @ upright >= VECTOR_NEAR
+            for i, j in np.argwhere(near & asked):
+                one, other = int(i) + mine.start, int(j) + theirs.start
+                found[min(one, other), max(one, other)] = int(distance[i, j])
     return found
 
 # %% ../../nbs/13d_data.lookalike.ipynb #95db57f8
+def _keys(codes: Sequence[np.ndarray], bits: np.ndarray) -> np.ndarray:
+    # some bits of each corner as one number, ROWS images at a time: a copy of all codes would take as much as the fingerprints
+    made = []
+    for start in range(0, len(codes), ROWS):
+        block = np.concatenate(codes[start : start + ROWS])
+        key = np.zeros(len(block), np.uint32)
+        for bit in bits:
+            key = (key << 1) | ((block[:, bit // 8] >> (bit % 8)) & 1)
+        made.append(key)
+    return np.concatenate(made)
+
+
+def _rare_first(key: np.ndarray) -> np.ndarray:
+    # places in the order of their keys, without the keys of more than BUCKET corners
+    order = np.argsort(key, kind="stable")
+    begins = np.flatnonzero(np.r_[True, np.diff(key[order]) != 0])
+    sizes = np.diff(np.r_[begins, len(key)])
+    return order[np.repeat(sizes <= BUCKET, sizes)]
+
+
 def shared_corners(
     marks: Sequence[Fingerprint],  # Images
     groups: np.ndarray,  # (n,) int; pairs of different groups are asked for
     seed: int = 0,  # Draws the bits
 ) -> Pairs:  # With the number of times that their corners fall together
     "Pairs that share corners; mirrored corners count as well."
-    codes = np.concatenate([m.upright.codes for m in marks] + [m.mirrored.codes for m in marks])
-    owner = np.concatenate([np.full(len(getattr(m, side).codes), i) for side in ("upright", "mirrored") for i, m in enumerate(marks)])
-    mirrored = np.arange(len(codes)) >= sum(len(m.upright.codes) for m in marks)
-    rng, hits = np.random.default_rng(seed), [np.zeros(0, np.int64)]
-    for _ in range(TABLES):
-        key = np.zeros(len(codes), np.int64)
-        for bit in rng.choice(256, BITS, replace=False):
-            key = (key << 1) | ((codes[:, bit // 8] >> (bit % 8)) & 1)
-        _, bucket, sizes = np.unique(key, return_inverse=True, return_counts=True)
-        rare = np.flatnonzero(sizes[bucket] <= BUCKET)
-        order = rare[np.argsort(key[rare], kind="stable")]
+    codes = [m.upright for m in marks] + [m.mirrored for m in marks]
+    owner = np.repeat(np.tile(np.arange(len(marks)), 2), [len(c) for c in codes])
+    turned, rng, hits = sum(len(m.upright) for m in marks), np.random.default_rng(seed), [np.zeros(0, np.int64)]
+    for _ in range(TABLES if len(owner) else 0):
+        key = _keys(codes, rng.choice(256, BITS, replace=False))
+        order = _rare_first(key)
         for apart in range(1, BUCKET):
             first, second = order[:-apart], order[apart:]
-            same = (key[first] == key[second]) & ~(mirrored[first] & mirrored[second])
+            same = (key[first] == key[second]) & ~((first >= turned) & (second >= turned))
             i, j = owner[first[same]], owner[second[same]]
             asked = groups[i] != groups[j]
             hits.append((np.minimum(i, j) * len(marks) + np.maximum(i, j))[asked])
@@ -135,9 +158,9 @@ def _by_corners(a: Features, b: Features) -> tuple[np.ndarray | None, int]:
     return transform, int(kept.sum())
 
 
-def _by_orientation(a: Fingerprint, b: Fingerprint) -> tuple[np.ndarray, bool]:
+def _by_orientation(a: Look, b: Look) -> tuple[np.ndarray, bool]:
     # the orientation whose small picture agrees best, stretched to the size of the first
-    turn = int(np.argmax(b.vectors @ a.vectors[0]))
+    turn = int(np.argmax(turned_vectors(band_vector(b.thumb)[None])[:, 0] @ band_vector(a.thumb)))
     height, width = b.thumb.shape
     corners = np.array([(0, 0), (width, 0), (0, height)], np.float32)
     h, w = a.thumb.shape
@@ -146,8 +169,8 @@ def _by_orientation(a: Fingerprint, b: Fingerprint) -> tuple[np.ndarray, bool]:
 
 
 def lay_over(
-    a: Fingerprint,  # An image
-    b: Fingerprint,  # Another
+    a: Look,  # An image
+    b: Look,  # Another
 ) -> Overlay:  # The best of what was tried
     "Finds how one image lies over the other and how well they agree there."
     tried = []

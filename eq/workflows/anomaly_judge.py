@@ -10,7 +10,7 @@ __all__ = ['STANDARD', 'EXPOSURE', 'Exam', 'make_exam', 'Witness', 'examine', 't
 # %% ../../nbs/75h_workflows.anomaly_judge.ipynb #33dec4ba
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +26,7 @@ from ..core.registry import EqError
 from ..core.results import Interval
 from ..data.cohort import Cohort
 from ..data.grey import Grey, load_grey
+from ..data.leak_report import leak_verdict
 from ..data.split import Split
 from ..inference.anomaly import Detector, find_anomalies, normal_threshold, standardised
 from ..inference.anomaly_metrics import AnomalyScores, Compared, auroc_above, delong, judge, squared_errors
@@ -162,10 +163,9 @@ def pass_verdict(
     light = [n for n in EXPOSURE if n in plain]
     pairs += [(verdict.best(trained), verdict.best(light))] if trained and light else []
     pairs += [(a, b) for i, a in enumerate(trained) for b in trained[i + 1 :]]
-    about = {f"{a} - {b}": (a, b) for a, b in pairs}
     scores = {n: w.test.scores[rows] for n, w in witnesses.items()}
-    return replace(verdict, pairs={k: (auroc_above(scores[a], scores[b], abnormal, units, draws), delong(scores[a], scores[b], abnormal, units))
-                                   for k, (a, b) in about.items()})
+    return replace(verdict, pairs={f"{a} - {b}": (auroc_above(scores[a], scores[b], abnormal, units, draws), delong(scores[a], scores[b], abnormal, units))
+                                   for a, b in pairs})
 
 
 def verdict_text(
@@ -216,6 +216,7 @@ class AnomalyReport:
     verdicts: list[Verdict]  # One a contrast
     text: str  # The verdict in words, for the commonest contrast
     left_out: dict[str, str]  # Baseline -> why it could not be asked
+    leaks: Mapping[str, tuple[bool, str]] = field(default_factory=dict)  # Network -> nothing leaked when it was trained, and what is known of that
 
 
 def read_networks(
@@ -259,17 +260,17 @@ def evaluate_anomaly(
         if known := [n for n, h in zip(exam.test.names, pixel_hashes(exam.test), strict=True) if h in seen]:
             raise EqError(f"{len(known)} of {len(exam.test)} test images took part in training {meta.arch}, the first {known[0]}; judge on what was held out")
     with start_run("evaluate-anomaly", out, {"models": [str(m) for m in models], "source": exam.split.test.name, "config": told_config(config)}) as run:
-        for path in models:
-            [run.add_input(checkpoint_folder(path) / name) for name in (META, WEIGHTS)]
+        [run.add_input(checkpoint_folder(path) / name) for path in models for name in (META, WEIGHTS)]
         [run.add_input(name) for part in (exam.train, exam.validate, exam.test) for name in part.names]
-        witnesses = {name: examine(network, exam, config.map, True) for name, (network, _) in loaded.items()}
         more, left_out = examine_baselines(exam, baselines, quiet)
-        witnesses |= more
+        witnesses = {name: examine(network, exam, config.map, True) for name, (network, _) in loaded.items()} | more
         verdicts = [pass_verdict(witnesses, exam, label, config) for label in exam.contrasts()]
-        report = AnomalyReport(run.dir, exam, witnesses, verdicts, verdict_text(verdicts[0], list(loaded)), left_out)
+        leaks = {name: leak_verdict(meta.data.get("leaks")) for name, (_, meta) in loaded.items()}
+        report = AnomalyReport(run.dir, exam, witnesses, verdicts, verdict_text(verdicts[0], list(loaded)), left_out, leaks)
         _write(run, report, exam.test)
         write_anomaly_report(report, config)
         [run.log.warning(f"baseline {name} left out: {why}") for name, why in left_out.items()]
+        [run.log.warning(f"{name}, leaks: {why}") for name, (clean, why) in leaks.items() if not clean]
         aurocs = {v.contrast: {n: s.auroc.to_dict() for n, s in v.scores.items()} for v in verdicts}
         run.add_metrics({"verdict": report.text, "left_out": left_out, "unreadable": exam.test.skipped, "auroc": aurocs})
     return report
@@ -282,8 +283,7 @@ def _write(run: Run, report: AnomalyReport, test: Grey) -> None:
     for name, table in tables.items():
         with atomic_write(run.dir / name) as temp:
             table.to_csv(temp, index=False)
-    scores = {v.contrast: {n: s.to_dict() for n, s in v.scores.items()} for v in report.verdicts}
-    write_json(run.dir / "verdict.json", {"verdict": report.text, "scores": scores})
+    write_json(run.dir / "verdict.json", {"verdict": report.text, "scores": {v.contrast: {n: s.to_dict() for n, s in v.scores.items()} for v in report.verdicts}})
 
 # %% ../../nbs/75h_workflows.anomaly_judge.ipynb #b3b46d1f
 def command(

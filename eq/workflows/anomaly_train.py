@@ -105,6 +105,9 @@ def _fit(run: Run, arch: str, config: AnomalyConfig, lesson: Lesson, going: tupl
     for name in (*train.names, *valid.names) if lesson.files else ():
         run.add_input(name)
     model = create_autoencoder(arch, config.size, config.latent, config.width, seed=config.seed)
+    run.log.info(f"leaks: {lesson.leaks.summary()}")
+    for note in lesson.leaks.notes:
+        run.log.warning(f"leaks: {note}")
     run.log.info(f"training {arch}", parameters=count_parameters(model), normals=len(train), validation=len(valid), unit=lesson.about["unit"])
     plan = TrackPlan(config.experiment, f"{arch}-{run.dir.parent.name}", config.tracking_uri, plain(run.params), folder=run.dir)
     with start_tracker(config.tracker, plan, run.log) as tracker:
@@ -187,7 +190,7 @@ FLAGS: dict[str, tuple[Any, Any, str]] = {
     "source": (str | None, None, "Registered source, cohort CSV, a folder with a folder a class, a zip (also at an address), or kaggle:owner/dataset [default: chest_xray]"),
     "out": (Path | None, None, "Folder for the runs, new or empty [default: a new one below outputs/]"),
     "resume": (Path | None, None, "A run folder, or a checkpoint in it, to go on with"),
-    "allow_leak": (str | None, None, "Train although images leak between the parts; the reason is kept"),
+    "allow_leak": (str | None, None, "Train although images leak between the parts; the reason is printed in the report"),
     "no_wandb": (bool, False, "Do not tell Weights & Biases, whatever params.yaml says"),
     "wandb_project": (str | None, None, "Tell Weights & Biases, under this project"),
 }

@@ -52,18 +52,21 @@ def prepare_model() -> None:
 @app.command("train", epilog="Example: EQ__CLASSIFY__MINUTES=5 EQ__CLASSIFY__TRACKER=none eq classify train; in two processes: eq classify train --processes 2")
 def train_model(
     processes: Annotated[int, typer.Option(min=1, help="Processes on this machine that train together, at most one a graphics card")] = 1,  # How many
+    allow_leak: Annotated[str | None, typer.Option(help="Train although images leak between the parts; the reason is printed in the report "
+                                                        "[params.yaml: classify.allow_leak]")] = None,  # Reason
 ) -> None:
-    "Stage 3: train, calibrate on validation images, remember what training images look like."
+    "Stage 3: look for leaks, train, calibrate on validation images, remember what training images look like."
     from eq.training.ddp import join_team, team_size
     from eq.workflows.classify_train import train_classifier
 
+    config = _config() if allow_leak is None else _config().model_copy(update={"allow_leak": allow_leak})
     if processes > 1 and team_size() == 1:  # this one starts the others and watches
         from eq.workflows.classify_tools import train_in_processes
 
-        train_in_processes(_config(), processes)
+        train_in_processes(config, processes)
         return
     team = join_team()
-    result = train_classifier(_config(), team=team)
+    result = train_classifier(config, team=team)
     if team.rank:  # process 0 tells
         return
     best = {k: v for k, v in result.meta.metrics.items() if isinstance(v, int | float)}
@@ -73,12 +76,16 @@ def train_model(
 @app.command("evaluate", epilog="Example: eq classify evaluate")
 def evaluate_model() -> None:
     "Stage 4: scores on images that training never saw, beside what the size of the file alone would say."
+    from eq.data.leak_report import leak_verdict
     from eq.workflows.classify_stages import placed
     from eq.workflows.classify_train import evaluate_classifier
 
     config = _config()
     scores = evaluate_classifier(config)
     typer.echo(scores["verdict"])
+    clean, why = leak_verdict(scores["leaks"])
+    if not clean:
+        typer.echo(f"Leaks: {why}")
     for name in ("accuracy", "auroc", "f1", "ece"):
         if (value := scores.get(f"network.{name}")) is not None:
             typer.echo(f"  {name:9} {value['estimate']:.3f} ({value['low']:.3f} to {value['high']:.3f}), {value['n_units']} {scores['unit']}s"

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure as Canvas
 
 from ..core.classification import reliability_table
 from ..core.files import plain
+from ..data.leak_report import leak_verdict
 from ..data.pictures import Pictures
 from ..reporting.explain_figure import Exhibit, explanation_report
 from ..reporting.render import Check, Figure, Report, Section, Stat, write_report
@@ -72,11 +73,12 @@ def classify_report(
     more = scores["above_size"]
     shown = more["low"] is not None and more["low"] > 0
     above = Check("the network is above the size of the file", shown, f"{accuracy['estimate']:.3f} against {size['estimate']:.3f}; difference {_said(more)}")
+    leaks = Check("no image leaks between the parts that it was trained and tested on", *leak_verdict(scores.get("leaks")))
     stats = (Stat(f"{accuracy['estimate']:.3f}", "accuracy on unseen slices", _said(accuracy)), Stat(f"{size['estimate']:.3f}", "accuracy of the file's size alone"),
              Stat(str(scores["units"]), f"{scores['unit']}s tested, {scores['images']} slices"))
     reliable = Figure(calibration_figure(probabilities, test.labels), "confidence against accuracy")
     sections = [
-        Section("Scores", f"Intervals are drawn over {scores['unit']}s, the smallest thing that was never parted.", table=score_table(scores), checks=(above,)),
+        Section("Scores", f"Intervals are drawn over {scores['unit']}s, the smallest thing that was never parted.", table=score_table(scores), checks=(above, leaks)),
         Section("Confusion", table=confusion_table(scores)),
         Section("Calibration", "Probabilities were scaled by one temperature that validation slices chose.", (reliable,)),
     ]

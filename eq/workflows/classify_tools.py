@@ -23,6 +23,8 @@ from ..core.files import atomic_write, read_json, write_text
 from ..core.provenance import MANIFEST, start_run
 from ..core.registry import EqError, named_once, unknown_name
 from ..core.results import CheckpointMeta, Interval
+from ..data.leak_report import leak_verdict
+from ..data.leakage import check_leaks
 from ..inference.classify import read_for
 from ..models.checkpoint import checkpoint_folder, read_meta
 from ..models.export import EXPORTS, export_formats, export_model, export_table
@@ -200,6 +202,8 @@ def card_facts(
         raise EqError(f"the scores are of weights {theirs[:12]}, the checkpoint has {meta.weights_sha256[:12]}; run `eq classify evaluate` again")
     baselines = {f"{name}, {label}": value for who, label in BASELINES.items() for name, value in _of(scores, who, ("accuracy", "auroc")).items()}
     limits = [str(scores["verdict"])] if "verdict" in scores else [UNSEEN]
+    if "leaks" in meta.data and not (leaks := leak_verdict(meta.data["leaks"]))[0]:
+        limits.append(f"Leaks: {leaks[1]}.")
     if skipped := meta.data.get("skipped"):
         limits.append(f"{len(skipped)} files of the data could not be read and were left out.")
     return CardFacts(purpose=purpose, licence=licence, split=split, metrics=_of(scores, "network", MEASURES), baselines=baselines,
@@ -232,7 +236,8 @@ def check_team(
         raise EqError(f"classify.minutes = {config.minutes} with {processes} processes, whose clocks differ; valid: null, and epochs")
     if 0 < (cards := torch.cuda.device_count()) < processes:
         raise EqError(f"{processes} processes for {cards} graphics card{'s' * (cards > 1)}; valid: at most one process a card")
-    _ = fit_options(config), split_of(config, ingested(config)), prepared(config)
+    _, split, _ = fit_options(config), split_of(config, ingested(config)), prepared(config)
+    check_leaks(split, config.allow_leak, quiet=False)
 
 
 def train_in_processes(
@@ -241,6 +246,7 @@ def train_in_processes(
 ) -> None:
     "Stage 3 in several processes, which print as they go. Raises EqError when they fail."
     check_team(config, processes)
-    done = start_team(["-m", "eq", "classify", "train", "--processes", str(processes)], processes, show=True)
+    reason = [] if config.allow_leak is None else ["--allow-leak", config.allow_leak]
+    done = start_team(["-m", "eq", "classify", "train", "--processes", str(processes), *reason], processes, show=True)
     if done.returncode:
         raise EqError(f"training in {processes} processes ended with exit code {done.returncode}; what they said stands above")

@@ -24,6 +24,8 @@ from ..core.provenance import start_run
 from ..core.registry import EqError
 from ..core.results import Interval
 from ..data.io import open_image
+from ..data.leak_report import LeakReport, stop_at_leaks
+from ..data.leakage import check_leaks, find_leaks
 from ..data.pictures import Pictures, class_names
 from ..data.split import Split
 from ..inference.classify import Classifier
@@ -50,12 +52,13 @@ def fit_options(
 def about_data(
     split: Split,  # What is trained on
     read: dict[str, Pictures],  # Parts that were read
+    leaks: LeakReport,  # What the parts share
 ) -> dict[str, Any]:  # For the checkpoint
-    "Where the pictures came from, and which were skipped."
+    "Where the pictures came from, which were skipped, and what leaks."
     parts = {name: list(p.names) for name, p in read.items()}
     skipped = {path: reason for p in read.values() for path, reason in p.skipped.items()}
     return {"source": split.train.name, "terms": split.train.terms, "unit": split.unit, "scheme": split.scheme, "options": split.options, "parts": parts,
-            "skipped": skipped, "left_out": split.left_out}
+            "skipped": skipped, "left_out": split.left_out, "leaks": leaks.brief()}
 
 
 def train_classifier(
@@ -63,17 +66,20 @@ def train_classifier(
     quiet: bool = False,  # No progress bar
     team: Team | None = None,  # From `eq.training.ddp.join_team`; None: this process alone
 ) -> ClassifyResult:  # Its folder is the checkpoint
-    "Stage 3. Raises EqError where an earlier stage is missing, for bad options, a diverged loss, a full disk."
+    "Stage 3. Raises EqError where an earlier stage is missing, for leaks, bad options, a diverged loss, a full disk."
     options, split = fit_options(config, quiet), split_of(config, ingested(config))
     if team is not None and team.rank > 0:  # computes its share; process 0 writes, calibrates and tells
         model, meta = prepared(config)
         train, valid = pictures_of(config, split, ("train", "validate"), meta.classes, quiet=True)
         return fit_classify(model, train, valid, options, meta, placed(config.paths.trained_model), team=team)
+    leaks = check_leaks(split, config.allow_leak, quiet)  # before the network that was here is taken away
     with start_run("classify-train", renew(placed(config.paths.trained_model)), told(config)) as run:
+        run.log.info(f"leaks: {leaks.summary()}")
+        run.add_metrics({"leaks": leaks.record()})
         model, meta = prepared(config, run)
         train, valid = pictures_of(config, split, ("train", "validate"), meta.classes, quiet)
         run.add_input(placed(config.paths.unzip_dir) / COHORT)
-        meta = replace(meta, data=about_data(split, {"train": train, "validate": valid}), code=code_version())
+        meta = replace(meta, data=about_data(split, {"train": train, "validate": valid}, leaks), code=code_version())
         run.log.info("training", arch=config.arch, train=train.counts(), validate=valid.counts(), unit=split.unit)
         plan = TrackPlan(config.experiment, f"{config.arch}-{run.dir.name}", config.tracking_uri, plain(told(config)), folder=placed(config.paths.root_dir))
         with start_tracker(config.tracker, plan, run.log) as tracker:
@@ -93,13 +99,15 @@ def train_split(
     split: Split,  # Train and validate are read
     folder: Path,  # Where the checkpoint goes
     quiet: bool = True,  # No progress bar
+    leaks: LeakReport | None = None,  # Of this split, where it was looked at before; None: looked for here
 ) -> tuple[Classifier, Calibration]:  # Calibrated on validation pictures, and what that found
-    "One training from the weights that `config.weights` names. Raises EqError when they cannot be had."
+    "One training from the weights that `config.weights` names. Raises EqError when they cannot be had, and for leaks without `config.allow_leak`."
+    leaks = stop_at_leaks(leaks or find_leaks(split, quiet), config.allow_leak)
     classes = class_names(split.train)
     train, valid = pictures_of(config, split, ("train", "validate"), classes, quiet)
     model = create_classifier(config.arch, 3, len(classes), beginning(config), config.dropout, config.seed)
     meta = describe_classifier(config, classes, classifier_family(config.arch).parts(model))
-    meta = replace(meta, data=about_data(split, {"train": train, "validate": valid}), code=code_version())
+    meta = replace(meta, data=about_data(split, {"train": train, "validate": valid}, leaks), code=code_version())
     fit_classify(model, train, valid, fit_options(config, quiet), meta, folder)
     calibration = calibrate_checkpoint(folder, valid)
     fit_picture_gate(folder, train, valid)
@@ -206,7 +214,7 @@ def judge(
     runs = independent_runs(split)
     above = accuracy_above(probabilities["network"], probabilities["size_only"], test.labels, test.units, load_config().evaluate.draws)
     said = verdict(found["network"]["accuracy"].estimate, found["size_only"]["accuracy"].estimate, above, runs)
-    scores: dict[str, Any] = {"verdict": said, "weights_sha256": meta.weights_sha256, "above_size": plain(above)}
+    scores: dict[str, Any] = {"verdict": said, "weights_sha256": meta.weights_sha256, "above_size": plain(above), "leaks": meta.data.get("leaks")}
     scores |= {f"{name}.{k}": plain(v) for name, values in found.items() for k, v in values.items()}
     scores |= {"confusion": class_scores(probabilities["network"], test.labels, test.classes).confusion, "classes": test.classes,
                "images": len(test), "units": len(set(test.units)), "unit": split.unit, "runs": runs, "skipped": len(test.skipped)}

@@ -67,7 +67,7 @@ add_verb("run", "eq.workflows.run", "Execute a run notebook with parameters.", "
 add_verb("bench", "eq.workflows.bench", "Measure side by side with peers.", "eq bench em", "eq bench glom --minutes 4", "eq bench tiles")
 add_verb(
     "audit", "eq.workflows.audit", "Find images and subjects that leak between the parts of a split.", "eq audit glom_pas",
-    "eq audit mine.csv --scheme grouped_kfold", "eq audit mine.csv --score --minutes 4",
+    "eq audit mine.csv --scheme grouped_kfold", "eq audit mine.csv --score --task glom --minutes 4",
 )
 add_verb(
     "models", "eq.workflows.models", "Take weights out of networks that other programs trained.",

@@ -199,7 +199,7 @@ def train_segmentation(
     for part in (split.train, split.validate):
         require_good_pairs(part, allow_empty=True)
     px_size_um = common_px_size(split.train)
-    leaks = check_leaks(split, request.allow_leak)
+    leaks = check_leaks(split, request.allow_leak, request.quiet)
     params = {"task": request.task, "source": split.train.name, "start": str(request.start), "split": request.split, "values": request.values}
     fixed = what_stays(request, split)
     if request.resume and request.out is not None:
@@ -210,7 +210,7 @@ def train_segmentation(
         if stacks := [*unread_planes(split.train), *unread_planes(split.validate)]:
             run.log.warning(f"{len(stacks)} images or masks are stacks of which one plane is read; the first: {stacks[0]}")
         run.log.info(f"leaks: {leaks.summary()}")
-        run.add_metrics({"leaks": {"found": leaks.table().to_dict("records"), "allowed": leaks.allowed, "not_looked_at": list(leaks.notes)}})
+        run.add_metrics({"leaks": leaks.record()})
         result = _train(request, split, px_size_um, run)
         run.log.info("trained", validation_dice=round(result.meta.metrics["validation_dice"], 3), crops=result.crops, seconds=round(result.seconds))
     return result
