@@ -9,6 +9,7 @@ __all__ = ['Change', 'PERTURBATIONS', 'CLOSE', 'Regrade', 'LEVELS', 'object_dice
 # %% ../../nbs/57_quantification.sensitivity.ipynb #ae5bb1fa
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -150,7 +151,7 @@ def perturb_to(
 
 # %% ../../nbs/57_quantification.sensitivity.ipynb #63298687
 Regrade = Callable[[Mapping[str, np.ndarray]], pd.DataFrame]  # labels to a table of scores
-LEVELS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6)
+LEVELS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ class Sensitivity:
     "Effects at each overlap."
 
     table: pd.DataFrame  # kind, dice, estimate, low, high, p, survives, note; the first row is the untouched cohort
-    measured: float | None = None  # Object Dice of the network that made the labels, None when unknown
+    measured: float | None = None  # Dice of the network that made the labels, None when unknown
+    where: str = ""  # On what it was measured
 
     @property
     def limit(self) -> float:  # NaN where there was no conclusion, or none survived
@@ -176,9 +178,11 @@ class Sensitivity:
         "What a reader needs to know."
         if not self.table["survives"].iloc[0]:
             return "There is no clear effect, so there is no conclusion that errors of outlines could overturn."
+        known = "" if self.measured is None else f"; the outlines have {self.measured:.2f}{f' ({self.where})' if self.where else ''}"
         if self.limit != self.limit:
-            return f"The conclusion does not survive an object Dice of {self.table['dice'].iloc[1:].max():.2f}: it hangs on the outlines."
-        known = "" if self.measured is None else f"; the outlines have {self.measured:.2f}, which is {'above' if self.measured >= self.limit else 'BELOW'} that"
+            return f"The conclusion does not survive an object Dice of {self.table['dice'].iloc[1:].max():.2f}: it hangs on the outlines{known}."
+        if self.measured is not None:
+            known += f", which is {'just' if self.measured == self.limit else 'above' if self.measured > self.limit else 'BELOW'} that"
         return f"The conclusion survives object Dice >= {self.limit:.2f} (eroded, dilated, dropped or merged objects){known}."
 
 
@@ -188,12 +192,14 @@ def measure_sensitivity(
     levels: Sequence[float] = LEVELS,  # Object Dice to be tried
     calibration: Calibration | None = None,  # From `calibrate`
     plan: EffectPlan | None = None,  # Of the effect
-    measured: float | None = None,  # Object Dice of the network that made the labels
-) -> Sensitivity:  # The effect under every kind of error
+    measured: float | None = None,  # Dice of the network that made the labels: one more level to be tried
+) -> Sensitivity:  # The effect under every kind of error, down to the first level at which one of them overturns it
     "Perturbs, measures and grades again, and draws the effect of the first group again."
     plan = plan or EffectPlan()
+    more: tuple[float, ...] = () if measured is None else (measured,)
+    tried = sorted({*levels, *more}, reverse=True)
 
-    def row(kind: str, dice: float, made: Mapping[str, np.ndarray]) -> dict[str, object]:
+    def row(kind: str, dice: float, made: Mapping[str, np.ndarray]) -> dict[str, Any]:
         try:
             e = estimate_effect(regrade(made), calibration, plan).full[0]
         except EqError as error:  # nothing left to measure is a result, not a crash
@@ -201,11 +207,14 @@ def measure_sensitivity(
             return {"kind": kind, "dice": dice, "estimate": nan, "low": nan, "high": nan, "p": nan, "clear": False, "note": str(error)}
         return {"kind": kind, "dice": dice, "estimate": e.estimate, "low": e.low, "high": e.high, "p": e.p, "clear": e.clear, "note": e.note}
 
+    def stands(found: dict[str, Any]) -> bool:
+        return bool(found["clear"] and np.sign(found["estimate"]) == np.sign(rows[0]["estimate"]))
+
     rows = [row("none", 1.0, labels)]
-    for kind in PERTURBATIONS:
-        for dice in sorted(levels, reverse=True):
+    for dice in tried:
+        for kind in PERTURBATIONS:
             made, reached = perturb_to(labels, kind, dice, plan.seed)
             rows.append(row(kind, dice, made) | {"reached": reached})
-    table = pd.DataFrame(rows)
-    same = np.sign(table["estimate"]) == np.sign(table["estimate"].iloc[0])
-    return Sensitivity(table.assign(survives=table["clear"] & same).drop(columns="clear"), measured)
+        if not all(stands(r) for r in rows if r["dice"] == dice):
+            break  # what is lower cannot change the limit
+    return Sensitivity(pd.DataFrame(rows).assign(survives=[stands(r) for r in rows]).drop(columns="clear"), measured)
