@@ -1,6 +1,11 @@
 """`eq effect` on painted discs: the whole way, what `eq verify` catches, and studies that cannot be whole."""
 import json
+import re
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -72,11 +77,16 @@ def world(tmp_path_factory):
     return here, model
 
 
+def asked(world):
+    here, model = world
+    given = StudyOptions(str(here / "cohort.csv"), str(model), str(here / "grades.csv"), grader="proportional_odds", features=("geometry", "lumen"))
+    return replace(given, dice_step=0.5)  # one level beside what the network reached: each grades everything again
+
+
 @pytest.fixture(scope="module")
 def study(world):
     here, model = world
-    options = StudyOptions(str(here / "cohort.csv"), str(model), str(here / "grades.csv"), grader="proportional_odds", features=("geometry", "lumen"))
-    report, made = make_study(options, here / "run", quiet=True)
+    report, made = make_study(asked(world), here / "run", quiet=True)
     return report, made
 
 
@@ -85,17 +95,72 @@ def test_the_whole_way(study, capsys):
     assert {k: v for k, v in made.problems.items() if k != "sensitivity"} == {}
     effect = made.results["effects"].full[0]
     assert effect.groups == ("control", "drug") and effect.n_animals == 12 and effect.estimate > 0.3 and effect.p < 0.05 and stands(made)
-    for name in ("glomeruli", "features", "ratings", "grades", "agreement", "effect"):
+    for name in ("leaks", "glomeruli", "ledger", "features", "ratings", "unplaced", "grades", "folds", "agreement", "pairs", "bias", "effect", "sensitivity", "queue"):
         table = pd.read_csv(report.parent / f"{name}.csv", dtype={"receipt": str})
-        assert table["receipt"].str.fullmatch("[0-9a-f]{16}").all() and (report.parent / f"{name}.parquet").is_file(), name
+        assert table["receipt"].dropna().str.fullmatch("[0-9a-f]{16}").all() and (report.parent / f"{name}.parquet").is_file(), name
+        assert len(table) or name in ("leaks", "unplaced"), name
     text = report.read_text(encoding="utf-8")
     places = [text.index(f"<h2>{title}</h2>") for title in ("The effect", "The glomeruli", "Checks", "Receipts")]
-    pairs = pd.read_csv(report.parent / "agreement.csv")["pair"].tolist()
+    pairs = pd.read_csv(report.parent / "pairs.csv")["pair"].tolist()
     assert pairs == ["Anna and Ben", "Anna and eq", "Ben and eq"] and "<h2>Pairs of raters</h2>" in text and "<h2>Prediction sets against people</h2>" in text
     assert "hold one person&#39;s own score in 9 of 10" in text and "+nan" not in text
     assert places == sorted(places) and "<script" not in text and "http" not in text.split("</style>")[1]
-    assert main(["verify", str(report.parent)]) == 0
-    assert "every number came out the same" in capsys.readouterr().out
+    done = subprocess.run([sys.executable, "-m", "eq", "verify", str(report.parent)], capture_output=True, text=True)  # a process that made no study
+    assert done.returncode == 0 and "every number came out the same" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_outlines_are_judged_by_what_the_network_reached(study, world):
+    report, made = study
+    dice = round(read_json(world[1] / "model.json")["metrics"]["validation_dice"], 3)
+    levels = made.tables["sensitivity"]["dice"].tolist()
+    assert {0.95, dice} <= set(levels) and made.results["sensitivity"].measured == dice
+    assert f"the outlines have {dice:.2f} (Dice on validation images" in report.read_text(encoding="utf-8")
+
+
+def test_outlines_of_the_queue_lie_beside_its_sheet(study):
+    from eq.data.annotations import read_geojson
+
+    folder = study[0].parent / "review"
+    sheet = pd.read_csv(folder / "review.csv", dtype=str, keep_default_na=False)
+    assert len(sheet) == len(study[1].tables["queue"]) and (sheet["geojson_id"] != "").all()
+    first = sheet[sheet["image"] == sheet["image"][0]]
+    drawn = read_geojson(folder / "outlines" / f"{Path(sheet['image'][0]).stem}.geojson", 280, 280)
+    assert len(np.unique(drawn[drawn > 0])) == len(first)
+
+
+def test_a_review_and_an_edited_figure(study, world, tmp_path, capsys):
+    "A filled copy of the sheet changes the effect and leaves the first run whole. In the second run the only broken link is a figure that somebody edited."
+    report, made = study
+    own = report.parent / "review" / "review.csv"
+    assert "--review" in report.read_text(encoding="utf-8")
+    argv = ["effect", str(world[0] / "cohort.csv"), "--model", str(world[1]), "--out", str(tmp_path / "x"), "--review"]
+    assert main([*argv, str(own)]) == 2 and "copy the sheet elsewhere" in capsys.readouterr().err
+    sheet = pd.read_csv(own, dtype=str, keep_default_na=False)
+    sheet["score"] = ["3" if n < 6 else "" for n in range(len(sheet))]
+    sheet.to_csv(tmp_path / "filled.csv", index=False)
+    again, reviewed = make_study(replace(asked(world), review=str(tmp_path / "filled.csv")), tmp_path / "run", quiet=True)
+    assert verify_run(report.parent).ok and stands(reviewed)
+    table = reviewed.tables["reviewed"].set_index("id")
+    assert (table.loc[sheet["id"][:6], "grade"] == 3).all() and not set(sheet["id"][:6]) & set(reviewed.tables["queue"]["id"])
+    assert reviewed.results["effects"].full[0].estimate != made.results["effects"].full[0].estimate
+    assert str(tmp_path / "filled.csv") in {i["path"] for i in read_json(again.parent / MANIFEST)["inputs"]}
+    page = again.read_text(encoding="utf-8")
+    told = re.search(r"<b>([+-][\d.]+)</b><span>difference of mean grade", page)
+    again.write_text(page.replace(told[0], told[0].replace(told[1], "+9.99")), encoding="utf-8")
+    renew(again.parent, "report.html")
+    assert verify_run(again.parent).ok
+    assert main(["verify", str(again.parent)]) == 1
+    said = capsys.readouterr().out
+    assert f"broken at report.html, number effect: expected {told[1]} difference" in said and "found +9.99" in said and "more:" not in said
+
+
+def renew(run, name):
+    "Puts the hash of a file, and the seal, into the manifest, as somebody would who covers what was edited."
+    manifest = read_json(run / MANIFEST)
+    for entry in manifest["artefacts"]:
+        if entry["path"] == name:
+            entry |= {"sha256": sha256_file(run / name), "bytes": (run / name).stat().st_size}
+    write_json(run / MANIFEST, manifest | {"seal": _seal(manifest)})
 
 
 @pytest.fixture
@@ -137,11 +202,7 @@ def test_an_edited_cell_with_all_its_hashes(copy, capsys):
     name = lines[3].split(",")[0]
     lines[3] = lines[3].replace(lines[3].split(",")[1], "12345.0", 1)
     table.write_text("\n".join(lines) + "\n")
-    manifest = read_json(copy / MANIFEST)
-    for entry in manifest["artefacts"]:
-        if entry["path"] == "features.csv":
-            entry |= {"sha256": sha256_file(table), "bytes": table.stat().st_size}
-    write_json(copy / MANIFEST, manifest | {"seal": _seal(manifest)})
+    renew(copy, "features.csv")
     assert verify_run(copy).ok
     assert main(["verify", str(copy)]) == 1
     assert f"broken at features {name}" in capsys.readouterr().out
@@ -165,7 +226,7 @@ def changed(world, tmp_path, name, change, **more):
     table["image"], table["mask"] = [str(here / i) for i in table["image"]], [str(here / m) for m in table["mask"]]
     csv = save_cohort(Cohort(table=change(table), name=name, task="glom"), tmp_path / f"{name}.csv")
     ratings = more.pop("ratings", str(here / "grades.csv"))
-    options = StudyOptions(str(csv), str(model), ratings, grader="proportional_odds", features=("lumen",), **more)
+    options = StudyOptions(str(csv), str(model), ratings, grader="proportional_odds", features=("lumen",), dice_step=0.5, **more)
     return make_study(options, tmp_path / name, quiet=True)
 
 
@@ -212,9 +273,14 @@ def test_nobody_graded(world, tmp_path):
 def test_raters_who_never_overlap(world, tmp_path):
     sheet = pd.read_csv(world[0] / "grades.csv")
     apart = sheet[(sheet["rater"] == "Anna") == sheet["image"].isin([f"m{a:02d}.png" for a in range(6)])]
-    apart.to_csv(tmp_path / "grades-apart.csv", index=False)
-    _, made = changed(world, tmp_path, "apart", lambda t: t, ratings=str(tmp_path / "grades-apart.csv"))
+    lost = sheet.head(25).assign(image="gone.png")  # of an image that is not in the study
+    pd.concat([apart, lost]).to_csv(tmp_path / "grades-apart.csv", index=False)
+    report, made = changed(world, tmp_path, "apart", lambda t: t, ratings=str(tmp_path / "grades-apart.csv"))
     assert "effects" in made.results and any("overlap" in n or "same glomerul" in n for n in made.results["agreement"].notes)
+    text = report.read_text(encoding="utf-8")
+    unplaced = pd.read_csv(report.parent / "unplaced.csv")
+    assert (unplaced["why"] == "no such image").sum() == 25 and f"The first 20 of {len(unplaced)}; all are in unplaced.csv." in text
+    assert text.count("<td>no such image</td>") == 20 - (unplaced["why"][:20] != "no such image").sum()
 
 
 def test_a_picture_that_stands_for_two_animals(world, tmp_path, capsys):
@@ -224,6 +290,8 @@ def test_a_picture_that_stands_for_two_animals(world, tmp_path, capsys):
 
     _, made = changed(world, tmp_path, "twice", twice)
     assert made.results["leaks"].fatal and not stands(made)
+    leaks = pd.read_csv(tmp_path / "twice" / "leaks.csv")
+    assert (leaks["verdict"] == "fatal").any() and "<h2>Leaks</h2>" in (tmp_path / "twice" / "report.html").read_text(encoding="utf-8")
 
 
 def test_bad_input_is_one_line(world, tmp_path, capsys):

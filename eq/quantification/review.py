@@ -102,7 +102,7 @@ def export_review(
     crops: Mapping[str, np.ndarray] | None = None,  # id to (h, w, 3) uint8
     features: Mapping[str, dict[str, Any]] | None = None,  # id to a GeoJSON feature, from `labels_to_geojson`
 ) -> Path:  # review.csv
-    "Writes review.csv, crops/*.png and review.geojson. Raises EqError for ids that are not in the scores."
+    "Writes review.csv, crops/*.png, and review.geojson or, for several images, outlines/IMAGE.geojson. Raises EqError for ids that are not in the scores."
     about = scores.set_index(scores["id"].astype(str))
     unknown = [i for i in queue["id"] if i not in about.index]
     if unknown:
@@ -118,13 +118,23 @@ def export_review(
         if features and i in features:
             told = {k: v for k, v in features[i].get("properties", {}).items() if k in ("objectType", "isLocked", "name")}
             kept.append(features[i] | {"properties": told | {"metadata": {"eq_id": i}}})
-    if kept:
-        write_geojson(folder / "review.geojson", {"type": "FeatureCollection", "features": kept})
     named = {f["properties"]["metadata"]["eq_id"]: str(f.get("id", "")) for f in kept}
+    _write_outlines(folder, kept, dict(zip(queue["id"], sheet["image"].astype(str), strict=True)))
     sheet = sheet.assign(crop=places, geojson_id=[named.get(i, "") for i in queue["id"]], score="", reviewer="")
     with atomic_write(folder / "review.csv") as temp:
         sheet[SHEET].to_csv(temp, index=False)
     return folder / "review.csv"
+
+
+def _write_outlines(folder: Path, kept: list[dict[str, Any]], image: Mapping[str, str]) -> None:
+    "A file for each image: QuPath lays all outlines of a file over the one image that is open."
+    mine: dict[str, list[dict[str, Any]]] = {}
+    for feature in kept:
+        mine.setdefault(image[feature["properties"]["metadata"]["eq_id"]], []).append(feature)
+    for name, features in mine.items():
+        place = folder / "review.geojson" if len(set(image.values())) == 1 else folder / "outlines" / f"{Path(name).stem}.geojson"
+        place.parent.mkdir(exist_ok=True)
+        write_geojson(place, {"type": "FeatureCollection", "features": features})
 
 
 def read_review(

@@ -9,6 +9,7 @@ __all__ = ['Change', 'PERTURBATIONS', 'CLOSE', 'Regrade', 'LEVELS', 'object_dice
 # %% ../../nbs/57_quantification.sensitivity.ipynb #ae5bb1fa
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -150,7 +151,7 @@ def perturb_to(
 
 # %% ../../nbs/57_quantification.sensitivity.ipynb #63298687
 Regrade = Callable[[Mapping[str, np.ndarray]], pd.DataFrame]  # labels to a table of scores
-LEVELS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6)
+LEVELS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
 
 @dataclass(frozen=True)
@@ -158,14 +159,15 @@ class Sensitivity:
     "Effects at each overlap."
 
     table: pd.DataFrame  # group, kind, dice, estimate, low, high, p (Holm's), survives, note; the first row of a group is the untouched cohort
-    measured: float | None = None  # Object Dice of the network that made the labels, None when unknown
+    measured: float | None = None  # Dice of the network that made the labels, None when unknown
+    where: str = ""  # On what it was measured
 
     def of(
         self,
         group: str,  # That was compared
     ) -> "Sensitivity":  # The part that is about it
         "One group against the control."
-        return Sensitivity(pd.DataFrame(self.table[self.table["group"] == group]), self.measured)
+        return Sensitivity(pd.DataFrame(self.table[self.table["group"] == group]), self.measured, self.where)
 
     @property
     def limit(self) -> float:  # NaN where there was no conclusion, or none survived
@@ -185,15 +187,17 @@ class Sensitivity:
             return " ".join(f"{g}: {self.of(g).sentence()}" for g in groups)
         if not self.table["survives"].iloc[0]:
             return "There is no clear effect, so there is no conclusion that errors of outlines could overturn."
+        known = "" if self.measured is None else f"; the outlines have {self.measured:.2f}{f' ({self.where})' if self.where else ''}"
         if self.limit != self.limit:
-            return f"The conclusion does not survive an object Dice of {self.table['dice'].iloc[1:].max():.2f}: it hangs on the outlines."
-        known = "" if self.measured is None else f"; the outlines have {self.measured:.2f}, which is {'above' if self.measured >= self.limit else 'BELOW'} that"
+            return f"The conclusion does not survive an object Dice of {self.table['dice'].iloc[1:].max():.2f}: it hangs on the outlines{known}."
+        if self.measured is not None:
+            known += f", which is {'just' if self.measured == self.limit else 'above' if self.measured > self.limit else 'BELOW'} that"
         return f"The conclusion survives object Dice >= {self.limit:.2f} (eroded, dilated, dropped or merged objects){known}."
 
 # %% ../../nbs/57_quantification.sensitivity.ipynb #a41d70c9
 def _effects_of(
     regrade: Regrade, labels: Mapping[str, np.ndarray], calibration: Calibration | None, plan: EffectPlan, groups: Sequence[str] = ()
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     "The effect of each group; of all that there are where none is named."
     nan, found, note = float("nan"), {}, "no glomerulus of the group is left"
     try:
@@ -214,18 +218,24 @@ def measure_sensitivity(
     levels: Sequence[float] = LEVELS,  # Object Dice to be tried
     calibration: Calibration | None = None,  # From `calibrate`
     plan: EffectPlan | None = None,  # Of the effect
-    measured: float | None = None,  # Object Dice of the network that made the labels
-) -> Sensitivity:  # The effect under every kind of error
+    measured: float | None = None,  # Dice of the network that made the labels: one more level to be tried
+) -> Sensitivity:  # The effect under every kind of error, down to the level at which each group's conclusion has been overturned
     "Perturbs, measures and grades again, and draws the effect of every group again."
     plan = plan or EffectPlan()
-    rows = [{"kind": "none", "dice": 1.0} | found for found in _effects_of(regrade, labels, calibration, plan)]
-    groups = [str(r["group"]) for r in rows]
-    for kind in PERTURBATIONS:
-        for dice in sorted(levels, reverse=True):
+    more: tuple[float, ...] = () if measured is None else (measured,)
+    first = _effects_of(regrade, labels, calibration, plan)
+    signs = {str(found["group"]): np.sign(found["estimate"]) for found in first}
+
+    def row(kind: str, dice: float, found: dict[str, Any]) -> dict[str, Any]:
+        stands = bool(found["clear"] and np.sign(found["estimate"]) == signs[str(found["group"])])
+        return {"group": found["group"], "kind": kind, "dice": dice} | {k: v for k, v in found.items() if k != "clear"} | {"survives": stands}
+
+    rows, standing = [row("none", 1.0, found) for found in first], set(signs)
+    for dice in sorted({*levels, *more}, reverse=True):
+        for kind in PERTURBATIONS:
             made, reached = perturb_to(labels, kind, dice, plan.seed)
-            rows += [{"kind": kind, "dice": dice, "reached": reached} | found for found in _effects_of(regrade, made, calibration, plan, groups)]
-    table = pd.DataFrame(rows)
-    table.insert(0, "group", table.pop("group"))
-    first = dict(zip(groups, table["estimate"], strict=False))  # the rows of the untouched cohort
-    same = np.sign(table["estimate"].to_numpy()) == np.sign([first[g] for g in table["group"]])
-    return Sensitivity(table.assign(survives=table["clear"] & same).drop(columns="clear"), measured)
+            rows += [row(kind, dice, found) | {"reached": reached} for found in _effects_of(regrade, made, calibration, plan, list(signs))]
+        standing -= {str(r["group"]) for r in rows if r["dice"] == dice and not r["survives"]}
+        if not standing:
+            break  # what is lower cannot change a limit
+    return Sensitivity(pd.DataFrame(rows), measured)

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure as Canvas
 from PIL import Image as PilImage
 
 from ..core.files import write_text
+from ..core.receipts import COLUMN
 from ..core.registry import EqError
 from ..core.results import Interval
 
@@ -39,6 +40,7 @@ class Stat:
     value: str  # The number as text, for example "0.87"
     label: str  # What it is, for example "Dice, unseen animals"
     detail: str = ""  # Its interval, count or comparison
+    receipt: str = ""  # Id of its receipt, where it has one
 
 
 @dataclass(frozen=True)
@@ -216,8 +218,9 @@ PAGE = """<!DOCTYPE html>
 <p class="kicker">eq report, {{ made }}</p><h1>{{ report.title }}</h1>
 {% if report.banner %}<p class="banner">{{ report.banner }}</p>{% endif %}
 <p class="answer">{{ report.answer }}</p>
-{% if report.stats %}<div class="stats">{% for s in report.stats %}<div class="stat"><b>{{ s.value }}</b><span>{{ s.label }}</span>\
-{% if s.detail %}<small>{{ s.detail }}</small>{% endif %}</div>{% endfor %}</div>{% endif %}
+{% if report.stats %}<div class="stats">{% for s in report.stats %}<div class="stat"{% if s.receipt %} data-receipt="{{ s.receipt }}"{% endif %}>\
+<b>{{ s.value }}</b><span>{{ s.label }}</span>{% if s.detail %}<small>{{ s.detail }}</small>{% endif %}\
+{% if s.receipt %}<small>[{{ s.receipt }}]</small>{% endif %}</div>{% endfor %}</div>{% endif %}
 {% for part in report.sections %}<section><h2>{{ part.title }}</h2>
 {% for paragraph in part.text.split('\n\n') if paragraph.strip() %}<p>{{ paragraph }}</p>{% endfor %}
 {% if part.checks %}<ul class="checks">{% for c in part.checks %}<li class="{{ 'yes' if c.passed else 'no' }}">{{ c.what }}: \
@@ -235,18 +238,21 @@ PAGE = """<!DOCTYPE html>
 
 # %% ../../nbs/62_reporting.render.ipynb #1ec796c8
 ROWS = """<div class="scroll"><table><thead><tr>{% for name, right in head %}<th{% if right %} class="r"{% endif %}>{{ name }}</th>{% endfor %}</tr></thead><tbody>
-{% for row in cells %}<tr>{% for text, right in row %}<td{% if right %} class="r"{% endif %}>{{ text }}</td>{% endfor %}</tr>
+{% for row in cells %}<tr{% if receipts %} data-receipt="{{ receipts[loop.index0] }}"{% endif %}>{% for text, right in row %}\
+<td{% if right %} class="r"{% endif %}>{{ text }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>"""
 
 
 def render_table(
-    table: pd.DataFrame,  # One row an item; the index is not shown
+    table: pd.DataFrame,  # One row an item; the index is not shown, and a column `receipt` only as an attribute of the rows
 ) -> str:  # An HTML table, escaped
     "A table as HTML."
-    cells = table_cells(table)
-    right = [r for _, r in cells[0]] if cells else [False] * len(table.columns)
-    head = [(str(name).replace("_", " "), r) for name, r in zip(table.columns, right, strict=True)]
-    return Environment(autoescape=True).from_string(ROWS).render(head=head, cells=cells)
+    receipts = table[COLUMN].tolist() if COLUMN in table else []
+    shown = table.drop(columns=COLUMN, errors="ignore")
+    cells = table_cells(shown)
+    right = [r for _, r in cells[0]] if cells else [False] * len(shown.columns)
+    head = [(str(name).replace("_", " "), r) for name, r in zip(shown.columns, right, strict=True)]
+    return Environment(autoescape=True).from_string(ROWS).render(head=head, cells=cells, receipts=receipts)
 
 
 def render_report(

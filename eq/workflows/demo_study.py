@@ -94,7 +94,7 @@ def demo_study(
     seed: int,  # Of folds and draws
 ) -> StudyEnd:  # Never a crash for what a network can do wrong
     "Segments, measures, grades and compares painted animals."
-    options = StudyOptions(str(painted.cohort), str(Path(model).resolve()), str(painted.ratings), seed=seed)
+    options = StudyOptions(str(painted.cohort), str(Path(model).resolve()), str(painted.ratings), seed=seed, dice_step=0.25)  # a demo is short
     title = f"Demo: the effect of a painted treatment (true difference {painted.truth:+.2f})"
     try:
         report, study = make_study(options, folder / "effect", title, quiet=True)

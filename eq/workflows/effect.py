@@ -15,8 +15,8 @@ import pandas as pd
 import typer
 
 import eq.workflows.study_checks  # noqa: F401  # registers its stages, and before them those of a study
-from ..core.files import plain
-from ..core.provenance import Run, start_run
+from ..core.files import plain, read_json
+from ..core.provenance import MANIFEST, Run, start_run
 from ..core.registry import EqError
 from ..data.cohort import Cohort, load_cohort
 from ..models.checkpoint import META, WEIGHTS, checkpoint_folder
@@ -42,14 +42,27 @@ def _checked(options: StudyOptions) -> Cohort:
     _ = RULES[options.rule], GRADERS[options.grader]
     if options.ratings is not None and not Path(options.ratings).is_file():
         raise EqError(f"no sheet of grades at {options.ratings}")
+    if options.review is not None:
+        _check_review(Path(options.review))
     checkpoint_folder(options.model)
     return cohort
 
 
+def _check_review(sheet: Path) -> None:
+    "Raises EqError for a sheet that is not there, or that belongs to a run: filled in, it is no longer the file that the run wrote."
+    if not sheet.is_file():
+        raise EqError(f"no filled review at {sheet}")
+    for folder in sheet.resolve().parents[:2]:
+        listed = read_json(folder / MANIFEST).get("artefacts", []) if (folder / MANIFEST).is_file() else []
+        if sheet.resolve().relative_to(folder).as_posix() in {a["path"] for a in listed}:
+            raise EqError(f"{sheet} belongs to the run in {folder}, which eq verify would find changed: copy the sheet elsewhere, fill in the copy and give that")
+
+
 def _inputs(run: Run, options: StudyOptions) -> None:
     "Hashes of everything that is read but the images."
-    for path in (options.cohort, *([options.ratings] if options.ratings else []), *(checkpoint_folder(options.model) / n for n in (WEIGHTS, META))):
-        run.add_input(path)
+    for path in (options.cohort, options.ratings, options.review, *(checkpoint_folder(options.model) / n for n in (WEIGHTS, META))):
+        if path is not None:
+            run.add_input(path)
 
 
 def _images(run: Run, study: Study, cohort: Cohort) -> None:
@@ -108,6 +121,7 @@ OPTIONS = {
     "cohort": (Path, Parameter.empty, typer.Argument(help="CSV of images with subject and group, one row an image")),
     "model": (Path, Parameter.empty, typer.Option(help="Checkpoint folder that segments glomeruli")),
     "ratings": (Path | None, None, typer.Option(help="Sheet of grades, one row a score: id, or image with x and y, or image; rater; score")),
+    "review": (Path | None, None, typer.Option(help="Filled copy of the review/review.csv that an earlier run wrote")),
     "out": (Path | None, None, typer.Option(help="Run folder [default: a new one below outputs/]")),
     "control": (str | None, None, typer.Option(help="Group the others are compared with [default: the one whose name says so]")),
     "px_size_um": (float | None, None, typer.Option(help="Micrometres per pixel of all images [default: as the cohort says]")),
@@ -115,6 +129,7 @@ OPTIONS = {
     "grader": (str, StudyOptions.grader, typer.Option(help="Registered grader")),
     "stain": (str, StudyOptions.stain, typer.Option(help="Stain of the images: pas or he")),
     "seed": (int, StudyOptions.seed, typer.Option(help="Of folds, draws and permutations")),
+    "dice_step": (float | None, None, typer.Option(min=0.01, help="Between the overlaps at which outlines are made worse [default: as small as a quarter of an hour allows]")),
 }
 
 
@@ -123,7 +138,7 @@ def command(
 ) -> None:
     "Segment, measure and grade glomeruli and compare groups of animals; exit 1 without an effect or with a standing leak."
     out = given.pop("out")
-    given |= {name: str(given[name].resolve()) for name in ("cohort", "model", "ratings") if given[name] is not None}
+    given |= {name: str(given[name].resolve()) for name in ("cohort", "model", "ratings", "review") if given[name] is not None}
     report, study = make_study(StudyOptions(**given), out)
     for stage, why in study.problems.items():
         print(f"not made: {stage}: {why}")

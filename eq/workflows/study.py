@@ -47,6 +47,8 @@ class StudyOptions:
     stain: str = "pas"  # A name of eq.data.stain.STAINS
     draws: int = 100  # Imputed data sets behind the effect
     seed: int = 0  # Of folds, draws and permutations
+    review: str | None = None  # The filled copy of an earlier run's review.csv; None: nobody reviewed
+    dice_step: float | None = None  # Between the overlaps at which outlines are made worse; None: as fine as a quarter of an hour allows
 
 
 def study_options(
@@ -134,6 +136,11 @@ def leak_stage(
     trained = _trained_on(options_of(study).model)
     report = find_leaks({**parts, **({"training of the network": trained} if trained is not None else {})})
     study.results["leaks"] = report
+    known = {str(Path(r["image"]).resolve()): r["receipt"] for r in records(study.tables["predictions"])} if "predictions" in study.tables else {}
+    table = report.table()
+    table.insert(0, "leak", [f"{n}: {kind}" for n, kind in enumerate(table["kind"], start=1)])
+    both = [[str(Path(i).resolve()) for i in (r["image"], r["other"])] for r in records(table)]
+    keep_table(study, "leaks", table, [[known[i] for i in pair if i in known] for pair in both], "leak")
     if report.fatal:
         study.note(f"{len(report.fatal)} leaks: {report.summary()}")
 
@@ -191,12 +198,12 @@ def glomeruli_stage(
     "One row a glomerulus: where, how large, counted or why not."
     table = count_glomeruli(study)
     if table.empty:
-        raise EqError(f"no glomerulus was found in {len(_done(study))} images; look at the overlays in {study.folder / 'predictions'}")
+        raise EqError(f"no glomerulus was found in {len(_done(study))} images; look at the overlays in the folder predictions of the run")
     receipt, parents = dict(zip(study.tables["predictions"]["image"], study.tables["predictions"]["receipt"], strict=True)), []
     for row, image, labels in opened(study):
         parents += pixel_receipts(study, image, labels, records(table[table["image"] == str(row["image"])]), receipt[row["image"]])
-    keep_table(study, "glomeruli", table, parents)
-    study.results["ledger"] = ledger_of(table)
+    kept, ledger = keep_table(study, "glomeruli", table, parents), ledger_of(table)
+    keep_table(study, "ledger", ledger, [kept.loc[kept["image"] == i, "receipt"] for i in ledger["image"]], "image")
     if "area_um2" not in table:
         study.note("pixel size unknown: areas are in px2")
 

@@ -42,4 +42,4 @@ def command(
     if broken:
         _say(run, broken)
     if broken is not None:
-        print(f"{run}: made again from its images, every number came out the same")
+        print(f"{run}: made again from its images, every number came out the same and stands in the report; pictures in it are held by its hash alone")
