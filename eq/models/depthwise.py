@@ -56,7 +56,7 @@ class _Depthwise(torch.autograd.Function):
         kernel, (to_x, to_weight) = (weight.shape[2], weight.shape[3]), ctx.needs_input_grad[:2]
         slow_x, slow_weight = to_x and max(stride) > 1, to_weight and max(kernel) > 3
         asked = [to_x and not slow_x, to_weight and not slow_weight, ctx.bias and ctx.needs_input_grad[2]]
-        found = [None, None, None]
+        found: list[torch.Tensor | None] = [None, None, None]
         if any(asked):
             sizes = [weight.shape[0]] if ctx.bias else None
             found = list(torch.ops.aten.convolution_backward(g, x, weight, sizes, stride, padding, (1, 1), False, (0, 0), weight.shape[0], asked))
