@@ -237,9 +237,8 @@ def test_one_group_only(world, tmp_path):
     assert "No effect can be given" in text and "Agreement of people" in text and "The glomeruli" in text
 
 
-def test_three_groups_are_all_told(world, tmp_path, monkeypatch):
+def test_three_groups_are_all_told(world, tmp_path):
     "The one that comes first in the alphabet did nothing, and the page does not stop there."
-    monkeypatch.setattr("eq.workflows.study_checks.LEVELS", (0.85,))
     names = {f"m{a:02d}": ("caffeine", "drug", "control", "drug")[a % 4] for a in range(12)}
     report, made = changed(world, tmp_path, "three", lambda t: t.assign(group=[names[s] for s in t["subject"]]), draws=20)
     none, drug = made.results["effects"].full
