@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..core.config import load_config
 from ..core.objects import label_objects
@@ -149,7 +150,7 @@ def nnunet(
     "nnU-Net v2 2D for the same minutes, patch 256, in its own environment (`make peers`); its own threshold of 0.5."
     out = case.folder / "nnunet"
     script = [sys.executable, str(repo_root() / "benchmarks" / "peer_nnunet.py"), "--cases", str(_nnunet_cases(case)), "--out", str(out)]
-    done = subprocess.run([*script, "--minutes", f"{case.minutes:g}", "--seed", str(case.seed)], capture_output=True, text=True)
+    done = subprocess.run([*script, "--minutes", f"{case.minutes:g}", "--seed", str(case.seed), "--threads", str(torch.get_num_threads())], capture_output=True, text=True)
     if done.returncode:
         raise EqError(f"nnU-Net did not finish (exit {done.returncode}): {done.stderr.strip().splitlines()[-1:]}")
     about = json.loads((out / "nnunet.json").read_text(encoding="utf-8"))
