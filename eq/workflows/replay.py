@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import eq.workflows.study_checks  # noqa: F401  # registers the stages of a study, which `eq verify` imports from nowhere else
 from ..core.logs import Logger
 from ..core.provenance import BrokenLink
 from ..core.receipts import COLUMN, Receipts, check_book, check_table, differences, read_stamped
@@ -35,7 +36,7 @@ def check_receipts(
             yield BrokenLink(f"{name}.csv", f"{len(lost)} rows", "missing")
 
 # %% ../../nbs/79d_workflows.replay.ipynb #6f371034
-PIXELS = ("image", "model", "crop", "mask")
+PIXELS = ("image", "model", "crop", "mask", "stain")
 PLACES = ("folder", "seconds", "note", COLUMN)  # differ from run to run and mean nothing
 
 
