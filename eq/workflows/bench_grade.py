@@ -194,7 +194,6 @@ VARIANTS: dict[str, GradeOptions] = {
     "eq": OUT,
     "one_score": replace(OUT, target="score"),
     "proportional_odds": replace(OUT, model="proportional_odds"),
-    "cnn": replace(OUT, model="cnn"),
 }
 PANELS = range(1, 6)  # Other people for the same glomeruli
 NAMES = ("eq", "panels", "one_score", "proportional_odds", "size_only", "exact_masks", "table", "sclerosis")  # What is measured unless `only` says otherwise
@@ -241,7 +240,7 @@ def _painted_rows(seed: int, minutes: float, wanted: Set[str]) -> list[Row]:
     csv = base / f"grade-cohort-{design.seed}-{design.animals}x{design.sections}x{design.fields}" / "cohort.csv"
     csv = csv if csv.is_file() else write_kidney_design(csv.parent, design)
     network, measure, rows = base / f"grade-network-{minutes:g}", feature_measure(), []
-    if wanted & {"eq", "panels", "one_score", "proportional_odds", "size_only", "cnn"}:
+    if wanted & {"eq", "panels", "one_score", "proportional_odds", "size_only"}:
         case = painted_case(csv, network_labels(_segmenter(network, minutes, 0), csv.parent), measure, "predicted masks")
         rows += _variant_rows(case, wanted, seed)
     if "exact_masks" in wanted:
