@@ -11,14 +11,20 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import shapely
 
 from eq.core.files import read_json, sha256_file, write_json
 from eq.core.provenance import MANIFEST, _seal, verify_run
+from eq.core.registry import EqError
 from eq.data.cohort import Cohort, save_cohort
 from eq.data.write import write_png
+from eq.quantification.counting import count_instances
+from eq.quantification.features import columns_of
+from eq.quantification.instances import instance_table
 from eq.workflows.cli import main
 from eq.workflows.effect import make_study, stands
-from eq.workflows.study import StudyOptions
+from eq.workflows.study import STAIN_REFERENCE, measure_glomeruli, opened
+from eq.workflows.study_options import StudyOptions
 from eq.workflows.train import TrainRequest, train_segmentation
 
 SPOTS = [(60, 60), (60, 170), (165, 55), (150, 165)]
@@ -79,8 +85,9 @@ def world(tmp_path_factory):
 
 def asked(world):
     here, model = world
-    given = StudyOptions(str(here / "cohort.csv"), str(model), str(here / "grades.csv"), grader="proportional_odds", features=("geometry", "lumen"))
-    return replace(given, dice_step=0.5)  # one level beside what the network reached: each grades everything again
+    given = StudyOptions(str(here / "cohort.csv"), str(model), str(here / "grades.csv"), grader="proportional_odds", features=("geometry", "lumen", "stain"))
+    more = {"section": "sphere", "min_diameter": 20.0, "stain_normalise": "macenko"}  # replayed by `eq verify` like everything else
+    return replace(given, dice_step=0.5, **more)  # one level beside what the network reached: each grades everything again
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +97,7 @@ def study(world):
     return report, made
 
 
-def test_the_whole_way(study, capsys):
+def test_the_whole_way(study):
     report, made = study
     assert {k: v for k, v in made.problems.items() if k != "sensitivity"} == {}
     effect = made.results["effects"].full[0]
@@ -104,9 +111,11 @@ def test_the_whole_way(study, capsys):
     pairs = pd.read_csv(report.parent / "pairs.csv")["pair"].tolist()
     assert pairs == ["Anna and Ben", "Anna and eq", "Ben and eq"] and "<h2>Pairs of raters</h2>" in text and "<h2>Prediction sets against people</h2>" in text
     assert "hold one person&#39;s own score in 9 of 10" in text and "+nan" not in text
-    assert places == sorted(places) and "<script" not in text and "http" not in text.split("</style>")[1]
+    assert places == sorted(places) and "<script" not in text and "://" not in text.split("</style>")[1]  # pictures in base64 can spell http
     done = subprocess.run([sys.executable, "-m", "eq", "verify", str(report.parent)], capture_output=True, text=True)  # a process that made no study
     assert done.returncode == 0 and "every number came out the same" in done.stdout, done.stdout + done.stderr
+    params = read_json(report.parent / MANIFEST)["params"]
+    assert (params["section"], params["min_diameter"], params["stain_normalise"], params["guard"]) == ("sphere", 20.0, "macenko", None)
 
 
 def test_the_outlines_are_judged_by_what_the_network_reached(study, world):
@@ -161,6 +170,28 @@ def renew(run, name):
         if entry["path"] == name:
             entry |= {"sha256": sha256_file(run / name), "bytes": (run / name).stat().st_size}
     write_json(run / MANIFEST, manifest | {"seal": _seal(manifest)})
+
+
+def test_outlines_weights_and_the_reference_of_stain(study):
+    report, made = study
+    table = pd.read_csv(report.parent / "glomeruli.csv")
+    shapes = table["polygon"].map(shapely.from_wkt)
+    assert table["polygon"].str.len().max() < 1000 and (shapes.map(lambda s: s.area) / table["area_px2"]).between(0.97, 1.03).all()
+    assert (shapes.map(lambda s: s.bounds[0]) >= table["left"]).all() and (shapes.map(lambda s: s.bounds[3]) <= table["bottom"]).all()
+    plain = count_instances(*labels_of(made, table["image"][0]))
+    counted = plain["status"] == "counted"
+    mean = plain["eq_diameter_px"][counted].mean()
+    here = table[table["image"] == table["image"][0]]
+    assert np.allclose(here["weight"][counted.to_numpy()], plain["weight"][counted] * mean / plain["eq_diameter_px"][counted])
+    stain = [r for r in made.book if r.kind == "stain"]
+    assert len(stain) == 1 and (report.parent / STAIN_REFERENCE).is_file() and "are levelled" in report.read_text(encoding="utf-8")
+    assert all(stain[0].id in made.book.by_id[r].parents for r in made.tables["features"]["receipt"])
+
+
+def labels_of(made, image):
+    "Predicted labels of an image, and their table."
+    labels = next(found.read(0, 0, found.height, found.width) for row, _, found in opened(made) if str(row["image"]) == image)
+    return labels, instance_table(labels)
 
 
 @pytest.fixture
@@ -226,7 +257,8 @@ def changed(world, tmp_path, name, change, **more):
     table["image"], table["mask"] = [str(here / i) for i in table["image"]], [str(here / m) for m in table["mask"]]
     csv = save_cohort(Cohort(table=change(table), name=name, task="glom"), tmp_path / f"{name}.csv")
     ratings = more.pop("ratings", str(here / "grades.csv"))
-    options = StudyOptions(str(csv), str(model), ratings, grader="proportional_odds", features=("lumen",), dice_step=0.5, **more)
+    given = {"grader": "proportional_odds", "features": ("lumen",), "dice_step": 0.5, **more}
+    options = StudyOptions(str(csv), str(model), ratings, **given)
     return make_study(options, tmp_path / name, quiet=True)
 
 
@@ -264,9 +296,14 @@ def test_a_subject_in_two_groups(world, tmp_path):
 
 
 def test_nobody_graded(world, tmp_path):
-    report, made = changed(world, tmp_path, "none", lambda t: t, ratings=None)
+    report, made = changed(world, tmp_path, "none", lambda t: t, ratings=None, grader="cnn")
     assert "nobody's grades were given" in made.problems["ratings"] and made.problems["effect"] == made.problems["ratings"]
     assert "glomeruli" in made.tables and "features" in made.tables and "nobody" in report.read_text(encoding="utf-8")
+    features = pd.read_csv(report.parent / "features.csv", float_precision="round_trip")
+    seen = columns_of(features.drop(columns="receipt"), ["encoder"])  # what the grader reads is measured beside what was asked for
+    assert len(seen) > 100 and "open_fraction" in features and features[seen].std().max() > 0
+    made.results.pop("encoder")  # loaded again, it sees the same
+    np.testing.assert_allclose(measure_glomeruli(made, made.tables["glomeruli"])[seen], features[seen], rtol=1e-6)
 
 
 def test_raters_who_never_overlap(world, tmp_path):
@@ -298,6 +335,29 @@ def test_bad_input_is_one_line(world, tmp_path, capsys):
     assert main(["effect", str(here / "cohort.csv"), "--model", str(model), "--ratings", "nowhere.csv", "--out", str(tmp_path / "x")]) == 2
     said = capsys.readouterr().err
     assert "no sheet of grades" in said and said.count("\n") == 1 and not (tmp_path / "x").exists()
+
+
+def test_options_of_the_command_reach_the_study(world, tmp_path, monkeypatch, capsys):
+    here, model = world
+    asked = ["effect", str(here / "cohort.csv"), "--model", str(model), "--ratings", str(here / "grades.csv"), "--out", str(tmp_path / "x")]
+    for wrong, said in ((["--features", "encodr"], "did you mean 'encoder'?"), (["--stain-normalise", "x"], "choose from ['macenko', 'none', 'reinhard']"),
+                        (["--section", "cube"], "choose from ['profile', 'sphere']"), (["--guard", "9", "1", "1", "9"], "belongs to the counting rule 'frame'")):
+        assert main([*asked, *wrong]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "x").exists(), wrong
+    seen = []
+
+    def stop(options, out):
+        seen.append(options)
+        raise EqError("stop")
+
+    monkeypatch.setattr("eq.workflows.effect.make_study", stop)
+    assert main(asked) == 2 and main([*asked, "--rule", "whole_section"]) == 2
+    main([*asked, "--count-rule", "frame", "--guard", "9", "1", "1", "9", "--section", "sphere", "--min-diameter", "30",
+          "--features", "lumen", "--features", "encoder", "--stain-normalise", "reinhard", "--grader", "cnn"])  # fmt: skip
+    assert seen[0].features == StudyOptions.features and (seen[0].rule, seen[0].guard, seen[1].rule) == ("border_weights", None, "whole_section")
+    o = seen[2]
+    assert (o.rule, o.guard, o.section, o.min_diameter) == ("frame", (9, 1, 1, 9), "sphere", 30.0)
+    assert (o.features, o.stain_normalise, o.grader) == (("lumen", "encoder"), "reinhard", "cnn")
 
 
 def test_json_of_the_manifest_holds_the_numbers(study):

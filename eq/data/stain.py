@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAINS', 'GLASS_OD', 'MIN_TISSUE_PX', 'Normaliser', 'NORMALISERS', 'checked_rgb', 'white_of', 'optical_density',
-           'Dyes', 'separate', 'tissue_density', 'StainBasis', 'stain_basis', 'macenko', 'reinhard']
+           'Dyes', 'separate', 'tissue_density', 'StainBasis', 'stain_basis', 'macenko', 'lab_moments', 'reinhard']
 
 # %% ../../nbs/12h_data.stain.ipynb #42e600b7
 from collections.abc import Callable
@@ -124,44 +124,51 @@ def stain_basis(
 # %% ../../nbs/12h_data.stain.ipynb #cebbb393
 def macenko(
     reference: np.ndarray,  # (h, w, 3) uint8, what others are to look like
+    seen: np.ndarray | None = None,  # (h, w, 3) uint8, of the slide that will be normalised; None: each picture tells its own stain
 ) -> Normaliser:  # Raises EqError for a picture that shows no two dyes
-    "Normalisation of dye colours and amounts (Macenko et al. 2009, ISBI)."
+    "Normalisation of dye colours and amounts (Macenko et al. 2009, ISBI). Raises EqError for a reference, or a slide, that shows no two dyes."
     wanted, glass = stain_basis(reference), white_of(reference)
+    known = None if seen is None else (stain_basis(seen), white_of(seen))
 
     def normalise(rgb: np.ndarray) -> np.ndarray:
-        own = stain_basis(rgb)
-        density = optical_density(rgb, white_of(rgb)).reshape(-1, 3)
+        own, white = known or (stain_basis(rgb), white_of(rgb))
+        density = optical_density(rgb, white).reshape(-1, 3)
         amounts = np.maximum(density @ np.linalg.pinv(own.colours), 0) * (wanted.most / own.most)
         return np.clip(np.rint(glass * 10 ** -(amounts @ wanted.colours)), 0, 255).astype(np.uint8).reshape(rgb.shape)
 
     return normalise
 
 # %% ../../nbs/12h_data.stain.ipynb #20ddf87d
+def lab_moments(
+    rgb: np.ndarray,  # (h, w, 3) uint8
+) -> tuple[np.ndarray, np.ndarray]:  # (3,) mean and (3,) spread of L, a and b over its tissue
+    "Lightness and colour of tissue. Raises EqError for a picture without tissue or without contrast."
+    tissue_density(rgb)
+    tissue = rgb2lab(rgb)[optical_density(rgb, white_of(rgb)).max(axis=2) > GLASS_OD]
+    spread = tissue.std(0)
+    if spread[0] < 0.5:
+        raise EqError(f"the picture has no contrast: its lightness varies by {spread[0]:.2f} of 100")
+    return tissue.mean(0), np.maximum(spread, 0.5)
+
+
 def reinhard(
     reference: np.ndarray,  # (h, w, 3) uint8, what others are to look like
+    seen: np.ndarray | None = None,  # (h, w, 3) uint8, of the slide that will be normalised; None: each picture tells its own stain
 ) -> Normaliser:  # Raises EqError for a picture without tissue or without contrast
-    "Normalisation of mean and spread of lightness and colour in CIELAB, over tissue (after Reinhard et al. 2001, IEEE CG&A)."
-
-    def moments(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        tissue_density(rgb)
-        lab = rgb2lab(rgb)
-        tissue = lab[optical_density(rgb, white_of(rgb)).max(axis=2) > GLASS_OD]
-        if tissue.std(0)[0] < 0.5:
-            raise EqError(f"the picture has no contrast: its lightness varies by {tissue.std(0)[0]:.2f} of 100")
-        return lab, tissue.mean(0), np.maximum(tissue.std(0), 0.5)
-
-    _, centre, spread = moments(reference)
+    "Normalisation of mean and spread of CIELAB over tissue (after Reinhard et al. 2001, IEEE CG&A). Raises EqError as `lab_moments` does."
+    centre, spread = lab_moments(reference)
+    known = None if seen is None else (*lab_moments(seen), white_of(seen))
 
     def normalise(rgb: np.ndarray) -> np.ndarray:
-        lab, own_centre, own_spread = moments(rgb)
-        new = 255 * lab2rgb((lab - own_centre) / own_spread * spread + centre)
+        own_centre, own_spread, white = known or (*lab_moments(rgb), white_of(rgb))
+        new = 255 * lab2rgb((rgb2lab(rgb) - own_centre) / own_spread * spread + centre)
         # glass stays glass, without an edge where tissue begins
-        share = np.clip(optical_density(rgb, white_of(rgb)).max(axis=2, keepdims=True) / GLASS_OD, 0, 1)
+        share = np.clip(optical_density(rgb, white).max(axis=2, keepdims=True) / GLASS_OD, 0, 1)
         return np.clip(np.rint(rgb + share * (new - rgb)), 0, 255).astype(np.uint8)
 
     return normalise
 
 
-NORMALISERS: Registry[Callable[[np.ndarray], Normaliser]] = Registry("stain normalisation")
+NORMALISERS: Registry[Callable[..., Normaliser]] = Registry("stain normalisation")  # called with a reference, and with a picture of the slide or without
 NORMALISERS.register("macenko")(macenko)
 NORMALISERS.register("reinhard")(reinhard)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WORKING_UM', 'NOMINAL_UM', 'R', 'GREY', 'Measure', 'FEATURES', 'Picture', 'ArrayPicture', 'Scale', 'scale_of', 'Crop',
-           'density', 'dyes', 'CropSource', 'white_of_picture', 'Feature', 'register_measure']
+           'density', 'dyes', 'CropSource', 'windows_of', 'white_of_picture', 'Feature', 'register_measure']
 
 # %% ../../nbs/50d_quantification.crop.ipynb #9d0f5fce
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
@@ -18,7 +18,7 @@ import numpy as np
 from ..core.registry import EqError, Registry
 from ..data.pixels import ArrayExtent, Extent, Layout, display_rgb, needs_window, stretch_window
 from ..data.pxsize import checked_px_size
-from ..data.stain import optical_density, separate, white_of
+from ..data.stain import Normaliser, optical_density, separate, white_of
 from .instances import LabelImage
 from .regions import MAX_CROP_PX, roi_box
 
@@ -183,6 +183,7 @@ class CropSource:
     scale: Scale
     white: np.ndarray
     stain: str = "pas"
+    normalise: Normaliser | None = None  # Changes the colours of every crop; None: they stay as they are
 
     def cut(
         self,
@@ -197,6 +198,7 @@ class CropSource:
         if not outline.any():
             raise EqError(f"label {row['label']} is not at its place in the label image")
         rgb, mask = self.image.rgb(*box), outline
+        rgb = rgb if self.normalise is None else self.normalise(rgb)
         if zoom != 1:
             size = (max(1, round(box[3] * zoom)), max(1, round(box[2] * zoom)))
             rgb = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA if zoom < 1 else cv2.INTER_CUBIC)
@@ -204,17 +206,26 @@ class CropSource:
         return Crop(rgb, mask, outline, self.white, self.scale, self.stain)
 
 # %% ../../nbs/50d_quantification.crop.ipynb #dc41e6bd
+def windows_of(
+    image: Picture,  # Any size
+    windows: int = 8,  # Along each side
+    side: int = 256,  # Of a window, pixels
+) -> Iterator[np.ndarray]:  # Each uint8 (h, w, 3), all of one size
+    "Windows spread over an image."
+    step_y, step_x = (max(1, (n - side) // max(1, windows - 1)) for n in (image.height, image.width))
+    for y in range(0, max(1, image.height - side + 1), step_y):
+        for x in range(0, max(1, image.width - side + 1), step_x):
+            yield image.rgb(y, x, min(side, image.height - y), min(side, image.width - x))
+
+
 def white_of_picture(
     image: Picture,  # Any size
     windows: int = 8,  # Along each side
     side: int = 256,  # Of a window, pixels
 ) -> np.ndarray:  # (3,), grey levels
     "What counts as empty in an image, from windows spread over it: `eq.data.stain.white_of` of their means over 4 x 4 pixels."
-    step_y, step_x = (max(1, (n - side) // max(1, windows - 1)) for n in (image.height, image.width))
-    places = [(y, x) for y in range(0, max(1, image.height - side + 1), step_y) for x in range(0, max(1, image.width - side + 1), step_x)]
     found = []
-    for y, x in places:
-        view = image.rgb(y, x, min(side, image.height - y), min(side, image.width - x))
+    for view in windows_of(image, windows, side):
         small = (max(1, view.shape[1] // 4), max(1, view.shape[0] // 4))
         found.append(cv2.resize(view, small, interpolation=cv2.INTER_AREA).reshape(-1, 3))
     return white_of(np.concatenate(found)[None])

@@ -92,6 +92,7 @@ class GraderKind:
     make: Callable[..., Grader]  # Takes hyperparameters by name
     grid: tuple[Mapping[str, float], ...]  # Hyperparameters to choose from
     about: str  # One line
+    reads: tuple[str, ...] = ()  # Features or families that it learns from; empty: all that are measured
 
 
 GRADERS: Registry[GraderKind] = Registry("grader")

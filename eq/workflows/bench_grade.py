@@ -194,7 +194,6 @@ VARIANTS: dict[str, GradeOptions] = {
     "eq": OUT,
     "one_score": replace(OUT, target="score"),
     "proportional_odds": replace(OUT, model="proportional_odds"),
-    "cnn": replace(OUT, model="cnn"),
 }
 PANELS = range(1, 6)  # Other people for the same glomeruli
 PREDICTED = (*VARIANTS, "panels", "size_only")  # On outlines that a network predicted

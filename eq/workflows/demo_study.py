@@ -18,7 +18,7 @@ from ..data.synthetic_raters import draw_panel, rate
 from ..reporting.render import Check
 from .effect import make_study, stands
 from .stages import Study
-from .study import StudyOptions
+from .study_options import StudyOptions
 
 # %% ../../nbs/71b_workflows.demo_study.ipynb #08df0237
 SECTIONS, FIELDS = 2, 2  # of an animal, of a section: five whole glomeruli an animal, fewer and the grader cannot be calibrated

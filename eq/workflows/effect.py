@@ -6,6 +6,7 @@
 __all__ = ['REPORT', 'OPTIONS', 'found_numbers', 'make_study', 'stands', 'command']
 
 # %% ../../nbs/75f_workflows.effect.ipynb #58d06474
+from collections.abc import Iterable
 from dataclasses import asdict
 from inspect import Parameter
 from pathlib import Path
@@ -19,14 +20,18 @@ from ..core.files import plain, read_json
 from ..core.provenance import MANIFEST, Run, start_run
 from ..core.registry import EqError
 from ..data.cohort import Cohort, load_cohort
+from ..data.stain import NORMALISERS, STAINS
 from ..models.checkpoint import META, WEIGHTS, checkpoint_folder
-from ..quantification.counting import RULES
+from ..quantification.counting import RULES, SECTION_WEIGHTS
+from ..quantification.features import ENCODER, pick_features
 from ..quantification.grader import GRADERS
 from ..quantification.instances import records
+from ..quantification.restain import NONE, check_method
 from ..reporting.render import write_report
 from .cli import with_options
 from .stages import Study, run_stages
-from .study import StudyOptions, image_hashes
+from .study import image_hashes
+from .study_options import StudyOptions, counting_rules, measured_features, network_encoder
 from .study_report import study_report
 
 # %% ../../nbs/75f_workflows.effect.ipynb #d896de7a
@@ -39,12 +44,13 @@ def _checked(options: StudyOptions) -> Cohort:
     lacking = [c for c in ("subject", "group") if (cohort.table[c].astype(str).str.strip() == "").any()]
     if lacking:
         raise EqError(f"{options.cohort}: the column {lacking[0]} is empty in some rows; every image needs its animal and its group")
-    _ = RULES[options.rule], GRADERS[options.grader]
+    _ = counting_rules(options), STAINS[options.stain], check_method(options.stain_normalise)
+    pick_features(measured_features(options), (ENCODER,))
     if options.ratings is not None and not Path(options.ratings).is_file():
         raise EqError(f"no sheet of grades at {options.ratings}")
     if options.review is not None:
         _check_review(Path(options.review))
-    checkpoint_folder(options.model)
+    _ = checkpoint_folder(options.model), network_encoder(options)
     return cohort
 
 
@@ -117,6 +123,11 @@ def stands(
     return "effects" in study.results and leaks is not None and not leaks.fatal
 
 # %% ../../nbs/75f_workflows.effect.ipynb #9cef951c
+def _names(names: Iterable[str]) -> str:
+    "Valid names for a help page."
+    return ", ".join(names)
+
+
 OPTIONS = {
     "cohort": (Path, Parameter.empty, typer.Argument(help="CSV of images with subject and group, one row an image")),
     "model": (Path, Parameter.empty, typer.Option(help="Checkpoint folder that segments glomeruli")),
@@ -125,9 +136,19 @@ OPTIONS = {
     "out": (Path | None, None, typer.Option(help="Run folder [default: a new one below outputs/]")),
     "control": (str | None, None, typer.Option(help="Group the others are compared with [default: the one whose name says so]")),
     "px_size_um": (float | None, None, typer.Option(help="Micrometres per pixel of all images [default: as the cohort says]")),
-    "rule": (str, StudyOptions.rule, typer.Option(help="How glomeruli are counted: border_weights, frame or whole_section")),
-    "grader": (str, StudyOptions.grader, typer.Option(help="Registered grader")),
-    "stain": (str, StudyOptions.stain, typer.Option(help="Stain of the images: pas or he")),
+    "rule": (str, StudyOptions.rule, typer.Option("--count-rule", "--rule", help=f"How glomeruli are counted: {_names(RULES)}")),
+    "guard": (tuple[int, int, int, int] | None, None, typer.Option(
+        help="Of the rule frame: pixels left out at top, left, bottom, right [default: the widest glomerulus]")),
+    "section": (str, StudyOptions.section, typer.Option(
+        help=f"Size bias, large glomeruli being cut more often: {_names(SECTION_WEIGHTS)}; profile leaves it, sphere weighs by 1/diameter")),
+    "min_diameter": (float, StudyOptions.min_diameter, typer.Option(help="Smaller ones do not count: micrometres, or pixels where their size is unknown")),
+    "features": (list[str], list(StudyOptions.features), typer.Option(
+        help=f"What is measured; repeat it for each family or single feature, {ENCODER} is what the network sees")),
+    "stain": (str, StudyOptions.stain, typer.Option(help=f"Stain of the images: {_names(STAINS)}")),
+    "stain_normalise": (str, StudyOptions.stain_normalise, typer.Option(
+        help=f"Bring all crops that are measured to the stain of the cohort's middle image: {_names((NONE, *NORMALISERS))}")),
+    "grader": (str, StudyOptions.grader, typer.Option(
+        help=f"{_names(GRADERS)}; cnn learns from the network's view of each crop, not from --features, and knows no direction a grade must take")),
     "seed": (int, StudyOptions.seed, typer.Option(help="Of folds, draws and permutations")),
     "dice_step": (float | None, None, typer.Option(min=0.01, help="Between the overlaps at which outlines are made worse [default: as small as a quarter of an hour allows]")),
 }
@@ -139,6 +160,7 @@ def command(
     "Segment, measure and grade glomeruli and compare groups of animals; exit 1 without an effect or with a standing leak."
     out = given.pop("out")
     given |= {name: str(given[name].resolve()) for name in ("cohort", "model", "ratings", "review") if given[name] is not None}
+    given["features"] = tuple(given["features"])
     report, study = make_study(StudyOptions(**given), out)
     for stage, why in study.problems.items():
         print(f"not made: {stage}: {why}")

@@ -47,7 +47,7 @@ def check_receipts(
             yield BrokenLink(f"{name}.csv", f"{len(lost)} rows", "missing")
 
 # %% ../../nbs/79d_workflows.replay.ipynb #6f371034
-PIXELS = ("image", "model", "sheet", "crop", "mask")
+PIXELS = ("image", "model", "sheet", "crop", "mask", "stain")
 PLACES = {"predictions": ("folder", "seconds", "note")}  # columns that differ from run to run and mean nothing
 LOOSE = {"gate_distance": 1e-3}
 

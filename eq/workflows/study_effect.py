@@ -20,8 +20,10 @@ from ..core.receipts import bundle
 from ..core.registry import EqError
 from ..quantification.calibration import calibrate
 from ..quantification.effect import EffectPlan, estimate_effect
+from ..quantification.features import columns_of
 from ..quantification.grade import GradeResult, grade_glomeruli
 from ..quantification.grade_model import GradeOptions, usable_features
+from ..quantification.grader import GRADERS
 from ..quantification.instances import records
 from ..quantification.raters import agree, median_score
 from ..quantification.ratings import COLUMNS as RATING_COLUMNS
@@ -81,9 +83,10 @@ def grade_study(
     features: pd.DataFrame,  # Of `measure_glomeruli`
     glomeruli: pd.DataFrame,  # Of `count_glomeruli`
 ) -> Graded:  # By the grader of the study
-    "Grades measured glomeruli. Raises EqError where too little is left to grade."
+    "Grades measured glomeruli by what the grader reads. Raises EqError where too little is left to grade."
     o, ratings = options_of(study), study.tables["ratings"]
-    usable, left_out = usable_features(features)
+    reads = GRADERS[o.grader].reads
+    usable, left_out = usable_features(features[["id", *columns_of(features, reads), "problems"]] if reads else features)
     about, known = glomeruli.set_index("id").loc[usable.index], ratings[ratings["id"].isin(usable.index)]
     options = GradeOptions(model=o.grader, seed=o.seed)
     result = grade_glomeruli(usable, about.reset_index(), known[["id", "rater", "score"]], options)

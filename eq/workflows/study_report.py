@@ -20,17 +20,18 @@ from ..core.registry import EqError
 from ..core.results import Interval
 from ..data.pxsize import checked_px_size
 from ..quantification.agreement import COEFFICIENTS
-from ..quantification.crop import CropSource, scale_of, white_of_picture
+from ..quantification.crop import scale_of
 from ..quantification.effect import Effect
 from ..quantification.grade import GradeResult
 from ..quantification.instances import records
 from ..quantification.lumen import find_parts
+from ..quantification.restain import crop_source
 from ..reporting.forest import forest_plot
 from ..reporting.gallery import Exhibit, chosen_rows, gallery, set_text
 from ..reporting.render import Check, Figure, Report, Section, Stat, interval_text
 from .outcome import SYNTHETIC
 from .stages import Study
-from .study import opened, options_of, the_cohort
+from .study import opened, options_of, restain_of, the_cohort
 
 # %% ../../nbs/75e_workflows.study_report.ipynb #f5dc47a6
 def answer_of(
@@ -74,7 +75,8 @@ def exhibits_of(
         if not len(mine):
             continue
         px = None if image.px_size_um is None else checked_px_size(image.px_size_um)
-        source = CropSource(image, labels, scale_of(px, here["eq_diameter_px"].to_numpy(float)), white_of_picture(image), options_of(study).stain)
+        scale = scale_of(px, here["eq_diameter_px"].to_numpy(float))
+        source = crop_source(image, labels, scale, options_of(study).stain, restain_of(study, row, image))
         for one in records(mine):
             crop = source.cut(one)
             try:
