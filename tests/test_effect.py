@@ -14,7 +14,8 @@ from eq.quantification.effect import FULL, HUMAN, NONE, Effect, EffectPlan, esti
 from eq.quantification.mixed import fit_mixed
 from eq.quantification.peers import permutation_test
 from eq.quantification.trial import PROBABILITIES
-from eq.workflows.bench_effect import World, generator_hash, measure_effect, scores_table, simulate
+from eq.workflows.bench_effect import generator_hash, measure_effect, scores_table
+from eq.workflows.bench_world import World, simulate
 
 QUICK = EffectPlan(draws=20, permutations=199)
 
@@ -36,6 +37,7 @@ def test_false_alarms_and_coverage_are_as_they_should_be(measured):
     assert measured["eq", "coverage_null"] > 0.95 - 4 * 0.0154
     assert measured["eq", "coverage_effect"] > 0.95 - 4 * 0.0154
     assert abs(measured["eq", "bias_effect"]) < 0.1
+    assert measured["eq_own", "type1"] < 0.05 + 4 * 0.0154 and measured["eq_own", "coverage_null"] > 0.95 - 4 * 0.0154
 
 
 def test_the_naive_test_and_the_interval_without_the_grader_are_shown_for_what_they_are(measured):

@@ -8,7 +8,8 @@ from eq.quantification.calibration import Calibration
 from eq.quantification.effect import EffectPlan, estimate_effect
 from eq.quantification.review import apply_review, export_review, read_review, review_curve, review_queue
 from eq.quantification.trial import PROBABILITIES
-from eq.workflows.bench_effect import World, scores_table, simulate
+from eq.workflows.bench_effect import scores_table
+from eq.workflows.bench_world import World, simulate
 
 KNOWN = Calibration(0.75, 0.1, 1.1, 1.1, 0.05, 0.06, 12, 240)
 QUICK = EffectPlan(draws=40, permutations=99)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OWNERS', 'SAME', 'ALIKE', 'MIN_SHARE', 'MAX_DECIDED', 'MAX_DECLARED', 'LOOKS', 'NEXT', 'HASH_ALIKE', 'plain_name',
            'texts', 'across_gap', 'shared_owners', 'shared_windows', 'same_pictures', 'look_alikes',
-           'neighbouring_sections', 'find_leaks', 'check_leaks', 'without_leaks']
+           'neighbouring_sections', 'by_subject', 'find_leaks', 'check_leaks', 'without_leaks']
 
 # %% ../../nbs/13c_data.leakage.ipynb #69ac96a4
 import re
@@ -201,6 +201,14 @@ def neighbouring_sections(
             yield _leak(rows, i, j, kind="neighbouring sections", verdict=verdict, evidence=text, reason=reason, distance=float(distance))
 
 # %% ../../nbs/13c_data.leakage.ipynb #870f0c56
+def by_subject(
+    cohort: Cohort,  # With subjects
+) -> dict[str, Cohort]:  # The images of each
+    "Parts for `find_leaks`: what subjects share that should share nothing."
+    subject = cohort.table["subject"].astype(str)
+    return {s: cohort.subset([x == s for x in subject]) for s in dict.fromkeys(subject)}
+
+
 def find_leaks(
     split: Split | Mapping[str, Cohort],  # A split, or cohorts by name that should share nothing
     quiet: bool = True,  # No progress bar

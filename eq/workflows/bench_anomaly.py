@@ -23,6 +23,7 @@ from ..core.config import AnomalyConfig, load_config
 from ..core.paths import outputs_root
 from ..core.registry import unknown_name
 from ..data.cohort import Cohort
+from ..data.leakage import check_leaks
 from ..data.source import load_source
 from ..inference.anomaly import latent_findings
 from ..models.autoencoder import AUTOENCODERS, Autoencoder, count_parameters, create_autoencoder
@@ -104,6 +105,7 @@ def one_seed(
 ) -> list[Row]:  # Of both exposures
     "Networks and baselines with the exposure taken out; baselines once more with it kept."
     exam, rows = make_exam(cohort, config, quiet=True), list[Row]()
+    check_leaks(exam.split)
     networks = dict[str, Autoencoder]()
     for arch in course.archs:
         networks[arch], minutes = train_network(arch, exam, config, course)

@@ -17,7 +17,8 @@ from ..quantification.effect import contrasts, point_contrasts
 from ..quantification.imputation import make_herd
 from ..quantification.pooling import p_value
 from .bench import Row, Sitting
-from .bench_effect import EDGES, World, scores_table, simulate, wilson
+from .bench_effect import scores_table, wilson
+from .bench_world import EDGES, World, simulate
 
 # %% ../../nbs/77j_workflows.bench_plan.ipynb #b75f7eee
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from ..core.files import atomic_write
 from ..core.paths import outputs_root
 from ..core.provenance import Run, start_run
 from ..core.registry import EqError
+from ..data.cohort import load_cohort
+from ..data.leakage import by_subject, check_leaks
 from ..models.checkpoint import META, WEIGHTS, checkpoint_folder, read_meta
 from ..quantification.counterfactual import DEPARTURES, rank_correlation
 from ..quantification.grader import GRADERS
@@ -52,6 +54,7 @@ class CounterfactualRequest:
     grader: str = "cumulative_lightgbm"  # A name of eq.quantification.grader.GRADERS
     stain: str = "pas"  # A name of eq.data.stain.STAINS
     features: tuple[str, ...] = FAMILIES  # Features or families beside the residuals
+    allow_leak: str | None = None  # The reason to train although animals share images
     resume: bool = False  # Go on in `out`
     quiet: bool = False  # No progress bars
 
@@ -69,7 +72,7 @@ class CounterfactualRequest:
 
     def settings(self) -> dict[str, Any]:  # For the manifest
         "All that was chosen."
-        return {k: getattr(self, k) for k in ("cohort", "ratings", "checkpoint", "folds", "plan", "grader", "stain", "features")}
+        return {k: getattr(self, k) for k in ("cohort", "ratings", "checkpoint", "folds", "plan", "grader", "stain", "features", "allow_leak")}
 
 # %% ../../nbs/74c_workflows.counterfactual.ipynb #a2002721
 def _network_rows(folder: Path) -> pd.DataFrame:
@@ -138,17 +141,20 @@ def _graded(glomeruli: Glomeruli, request: CounterfactualRequest) -> Glomeruli:
 def predict_counterfactual(
     request: CounterfactualRequest,  # What to redraw with what
 ) -> CounterfactualResult:  # A run folder with its report
-    "Redraws a cohort. Raises EqError where masks, subjects, grades or healthy glomeruli are missing."
+    "Redraws a cohort. Raises EqError where masks, subjects, grades or healthy glomeruli are missing, and for animals that share images, unless a reason is given."
     csv, painted, folder = Path(request.csv), is_synthetic(request.csv), None if request.checkpoint is None else checkpoint_folder(request.checkpoint)
     side = request.plan.side if folder is None else read_meta(folder).tile
     with start_run("counterfactual", request.out, request.settings(), resume=request.resume) as run:
         run.add_input(csv)
         for path in [] if folder is None else [folder / WEIGHTS, folder / META]:
             run.add_input(path)
+        leaks = check_leaks(by_subject(load_cohort(csv)), request.allow_leak, request.quiet) if folder is None else None
+        if leaks is not None:
+            run.add_metrics({"leaks": leaks.record()})
         glomeruli = _graded(read_glomeruli(csv, side, request.features, request.stain, request.quiet), request)
         run.log.info(f"{len(glomeruli.table)} whole glomeruli of {glomeruli.table['subject'].nunique()} animals", scored_by=glomeruli.scored_by or "nobody")
         found = _with_folds(run, glomeruli, request) if folder is None else _with_checkpoint(run, glomeruli, folder)
-        found = replace(_told(found, glomeruli, csv, request), synthetic=painted)
+        found = replace(_told(found, glomeruli, csv, request), synthetic=painted, leaks=None if leaks is None else leaks.brief())
         for name, table in (("counterfactual", found.table), ("features", glomeruli.features)):
             with atomic_write(run.dir / f"{name}.csv") as temp:
                 table.to_csv(temp, index=False)
@@ -184,6 +190,7 @@ OPTIONS: dict[str, tuple[Any, Any, Any]] = {  # name to type, default, and what 
     "device": (str, _PLAN.device, typer.Option(help="auto, cpu, cuda, cuda:N or mps")),
     "grader": (str, "cumulative_lightgbm", typer.Option(help="What grades with and without residuals")),
     "stain": (str, "pas", typer.Option(help="pas or he")),
+    "allow_leak": (str | None, None, typer.Option(help="Train although animals share images; the reason is printed in the report")),
     "resume": (bool, False, typer.Option("--resume", help="Go on in --out: networks that are there are not trained again")),
 }
 
@@ -193,7 +200,7 @@ def requested(
 ) -> CounterfactualRequest:  # What they ask for
     "Options of the command as a request."
     plan = NetworkPlan(**{k: given[k] for k in ("arch", "side", "latent", "width", "epochs", "lr", "seed", "device")})
-    return CounterfactualRequest(plan=plan, **{k: given[k] for k in ("cohort", "ratings", "checkpoint", "out", "folds", "grader", "stain", "resume")})
+    return CounterfactualRequest(plan=plan, **{k: given[k] for k in ("cohort", "ratings", "checkpoint", "out", "folds", "grader", "stain", "allow_leak", "resume")})
 
 
 def command(

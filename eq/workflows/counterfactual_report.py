@@ -20,6 +20,7 @@ from matplotlib.figure import Figure as Canvas
 
 from ..core.ordinal import GRADES
 from ..core.results import Interval
+from ..data.leak_report import leak_verdict
 from ..quantification.counterfactual import DEPARTURES, REFERENCE, TISSUE, VIEW_UM, View
 from ..reporting.render import Check, Figure, Report, Section, Stat, interval_text
 from .counterfactual_folds import Added
@@ -109,6 +110,7 @@ class Found:
     facts: Mapping[str, str] = field(default_factory=dict)
     receipts: Mapping[str, str] = field(default_factory=dict)
     synthetic: bool = False
+    leaks: Mapping[str, Any] | None = None  # From `LeakReport.brief`; None where nothing was trained
 
 
 def way_of(
@@ -163,6 +165,8 @@ def _checks(found: Found) -> tuple[Check, ...]:
     if found.networks is not None:
         good = found.networks["refusal"] == ""
         made.append(Check("every network reproduces healthy glomeruli that it did not learn from", bool(good.all()), f"{int(good.sum())} of {len(good)} networks"))
+    if found.leaks is not None:
+        made.append(Check("animals share no image", *leak_verdict(found.leaks)))
     made.append(Check("the network abstains on no more than one glomerulus in five", share <= 0.2, f"{share:.0%}"))
     return tuple(made)
 

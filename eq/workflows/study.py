@@ -20,7 +20,7 @@ from ..core.files import sha256_array, sha256_path
 from ..core.registry import EqError
 from ..data.cohort import Cohort, load_cohort
 from ..data.io import Image, open_image
-from ..data.leakage import find_leaks
+from ..data.leakage import by_subject, find_leaks
 from ..data.write import write_png
 from ..models.checkpoint import checkpoint_folder, read_meta
 from ..quantification.counting import LabelledImage, glomeruli_table, ledger_of
@@ -99,9 +99,7 @@ def leak_stage(
     study: Study,  # In the making
 ) -> None:
     "What animals share that should share nothing."
-    cohort = the_cohort(study)
-    subject = cohort.table["subject"].astype(str)
-    parts = {s: cohort.subset([x == s for x in subject]) for s in dict.fromkeys(subject)}
+    parts = by_subject(the_cohort(study))
     trained = _trained_on(options_of(study).model)
     report = find_leaks({**parts, **({"training of the network": trained} if trained is not None else {})})
     study.results["leaks"] = report
