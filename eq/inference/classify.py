@@ -21,6 +21,7 @@ from torch import nn
 from ..core.device import autocast, halving_batches, memory_format, pick_device, pick_precision
 from ..core.registry import EqError, Registry
 from ..core.results import CheckpointMeta
+from ..data.io import open_image
 from ..data.pictures import read_picture
 from ..models.checkpoint import checkpoint_folder, load_checkpoint
 from ..models.forward import to_input
@@ -222,7 +223,7 @@ def predict_files(
     tta: str = "none",  # A name of VIEWS
     progress: Callable[[int], object] = lambda n: None,  # Told of each file
 ) -> pd.DataFrame:  # image, status, label, p_<class>..., ms, note: one row a file, in the order given
-    "Classifies files; a bad one costs only itself. Raises EqError when there is none at all."
+    "Classifies files; a bad one costs only itself, and of a stack the first plane is classified, which its note says. Raises EqError when there is none at all."
     if not len(paths):
         raise EqError("no images to classify; give at least one file")
     classes, rows, warm = classifier.meta.classes, [], False
@@ -238,7 +239,7 @@ def predict_files(
         said = dict(zip(good, p.tolist(), strict=True))
         for i, name in enumerate(names):
             status = DONE if i in said else REFUSED if i in images else FAILED
-            note = "" if i in said else refused.get(i) or str(read[i])
+            note = open_image(name).plane_note if i in said else refused.get(i) or str(read[i])
             label, own, took = (classes[int(np.argmax(said[i]))], said[i], ms) if i in said else ("", [float("nan")] * len(classes), float("nan"))
             rows.append({"image": name, "status": status, "label": label, **dict(zip(chances, own, strict=True)), "ms": took, "note": note})
             progress(1)

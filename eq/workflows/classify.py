@@ -124,6 +124,7 @@ def predict_images(
     table = predict_files(networks[0] if len(networks) == 1 else Ensemble(networks), listing.images, doorkeeper, tta)
     table = pd.concat([table, pd.DataFrame(listing.rows(), columns=["image", "status", "note"])]) if listing.left_out else table
     _tell(table, ("left out",))
+    _tell(table[table["note"] != ""], ("done",))
     if out is None:
         typer.echo(table.to_string(index=False))
     else:
