@@ -23,9 +23,9 @@ def painted(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-def run(name: str, out: Path, **parameters: object) -> subprocess.CompletedProcess:
+def run(name: str, out: Path, *flags: str, **parameters: object) -> subprocess.CompletedProcess:
     pairs = [word for key, value in parameters.items() for word in ("-p", key, str(value))]
-    return subprocess.run([EQ, "run", name, *pairs, "--out", out], capture_output=True, text=True, env={**os.environ, "EQ__EVALUATE__DRAWS": "200"})
+    return subprocess.run([EQ, "run", name, *pairs, "--out", out, *flags], capture_output=True, text=True, env={**os.environ, "EQ__EVALUATE__DRAWS": "200"})
 
 
 def check(done: subprocess.CompletedProcess, name: str, out: Path) -> dict:
@@ -52,8 +52,15 @@ def test_mitochondria(painted, tmp_path):
 
 
 def test_glomeruli(painted, tmp_path):
+    "Gone on with after it was done: the same weights, not trained again."
     out = tmp_path / "run"
-    check(run("glomeruli", out, source=painted["kidney"], minutes=SECONDS), "glomeruli", out)
+    given = {"source": painted["kidney"], "minutes": SECONDS}
+    first = check(run("glomeruli", out, **given), "glomeruli", out)
+    weights = (out / "train" / "model.safetensors").read_bytes()
+    assert "is not empty" in run("glomeruli", out, **given).stderr
+    assert "begun with other settings: seed 0, now 1" in run("glomeruli", out, "--resume", **given, seed=1).stderr
+    assert check(run("glomeruli", out, "--resume", **given), "glomeruli", out)["scores"] == first["scores"]
+    assert (out / "train" / "model.safetensors").read_bytes() == weights
 
 
 def test_endotheliosis(painted, tmp_path):
