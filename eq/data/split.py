@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRATA', 'Assigned', 'SCHEMES', 'assert_disjoint', 'Split', 'unit_strata', 'deal_units', 'declared', 'nested',
-           'grouped_kfold', 'position', 'contiguous_blocks', 'blocks', 'split_cohort']
+           'grouped_kfold', 'position', 'contiguous_blocks', 'blocks', 'parse_options', 'split_cohort']
 
 # %% ../../nbs/13_data.split.ipynb #e4fb02b3
 from collections import Counter
@@ -213,6 +213,22 @@ def _options(scheme: str, given: dict[str, int | float | str]) -> None:
     for name in given:
         if name not in valid:
             raise unknown_name(f"option of the {scheme} split", name, valid)
+
+
+def parse_options(
+    texts: list[str],  # Each NAME=VALUE
+) -> dict[str, int | float | str]:  # Numbers as numbers
+    "Options of a scheme from the command line. Raises EqError for what has no =."
+    found: dict[str, int | float | str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise EqError(f"--option {text!r}: expected NAME=VALUE, for example fold=1")
+        try:
+            found[name.strip()] = int(value) if value.strip().lstrip("-").isdigit() else float(value)
+        except ValueError:
+            found[name.strip()] = value
+    return found
 
 
 def _default_scheme(cohort: Cohort) -> str:

@@ -27,7 +27,7 @@ from ..data.crops import CropPlan, Sample
 from ..data.leakage import check_leaks
 from ..data.mask import require_good_pairs, unread_planes
 from ..data.source import load_source
-from ..data.split import Split, split_cohort
+from ..data.split import Split, parse_options, split_cohort
 from ..inference.gate import fit_gate
 from ..models.checkpoint import checkpoint_folder, read_meta
 from ..models.unet import create_unet
@@ -220,7 +220,8 @@ def train_segmentation(
 # %% ../../nbs/73_workflows.train.ipynb #e8137deb
 HELP = {"source": "Registered source, cohort CSV, or folder of images and masks", "out": "Run folder [default: a new one below outputs/]",
         "start": "'scratch', or the checkpoint folder to start from", "scheme": "How images are split [default: what the source declares]",
-        "fold": "Which fold is the test part (grouped k-fold)", "resume": "Go on in --out from its last checkpoint",
+        "fold": "Which fold is the test part (grouped k-fold)", "option": "NAME=VALUE of the scheme, for example k=3 or gap=2; may be given several times",
+        "resume": "Go on in --out from its last checkpoint",
         "allow_leak": "Train although images leak between the parts; the reason is printed in the report"}
 
 
@@ -234,7 +235,8 @@ def options(
     "The command's options: what to train on, then every key of params.yaml for training."
     first = [_option("source", str, Parameter.empty, HELP["source"]), _option("out", Path | None, None, HELP["out"]),
              _option("start", str, SCRATCH, HELP["start"], "--from"), _option("scheme", str | None, None, HELP["scheme"]),
-             _option("fold", int | None, None, HELP["fold"]), _option("resume", bool, False, HELP["resume"], "--resume"),
+             _option("fold", int | None, None, HELP["fold"]), _option("option", list[str] | None, None, HELP["option"]),
+             _option("resume", bool, False, HELP["resume"], "--resume"),
              _option("allow_leak", str | None, None, HELP["allow_leak"])]
     fields = {**TrainConfig.model_fields, **TaskConfig.model_fields}
     kinds = {name: next((kind for kind in (int, float) if kind in (f.annotation, *get_args(f.annotation))), str) for name, f in fields.items()}
@@ -249,8 +251,8 @@ def train_command(
     "The command of a task."
 
     def command(**given: Any) -> None:
-        split = {k: given.pop(k) for k in ("scheme", "fold")}
-        request = TrainRequest(task, given.pop("source"), given.pop("out"), given.pop("start"), {k: v for k, v in split.items() if v is not None},
+        split = {**parse_options(given.pop("option") or []), **{k: v for k in ("scheme", "fold") if (v := given.pop(k)) is not None}}
+        request = TrainRequest(task, given.pop("source"), given.pop("out"), given.pop("start"), split,
                                resume=given.pop("resume"), allow_leak=given.pop("allow_leak"), values={k: v for k, v in given.items() if v is not None})
         result = train_segmentation(request)
         print(f"validation Dice {result.meta.metrics['validation_dice']:.3f} at threshold {result.meta.threshold:.2f}, averaging {result.meta.tta}")
