@@ -20,7 +20,9 @@ def site(tmp_path_factory):
     return folder / "_docs"
 
 
-def soups(site: Path) -> dict[Path, BeautifulSoup]:
+@pytest.fixture(scope="module")
+def soups(site) -> dict[Path, BeautifulSoup]:
+    "Every page, read once."
     return {p: BeautifulSoup(p.read_text(encoding="utf-8"), "html.parser") for p in sorted(site.rglob("*.html"))}
 
 
@@ -36,21 +38,19 @@ def test_every_notebook_is_in_the_navigation():
     assert listed == there
 
 
-def test_every_page_opens_and_leads_on(site):
-    pages = soups(site)
-    assert len(pages) == len(build_docs.pages())
-    for path, soup in pages.items():
+def test_every_page_opens_and_leads_on(soups):
+    assert len(soups) == len(build_docs.pages())
+    for path, soup in soups.items():
         assert soup.h1 and soup.h1.get_text().strip(), f"{path.name} has no title"
         assert soup.main.get_text().strip() and soup.select("nav a.here"), path.name
         assert "#|" not in soup.main.get_text(), f"{path.name} shows a directive"
         assert ":::" not in soup.main.get_text(), f"{path.name} shows markup of Quarto"
 
 
-def test_every_internal_link_leads_somewhere(site):
-    pages = soups(site)
-    anchors = {path: {tag["id"] for tag in soup.select("[id]")} for path, soup in pages.items()}
+def test_every_internal_link_leads_somewhere(soups):
+    anchors = {path: {tag["id"] for tag in soup.select("[id]")} for path, soup in soups.items()}
     broken = []
-    for path, soup in pages.items():
+    for path, soup in soups.items():
         for tag in soup.select("a[href], img[src], link[href]"):
             address = urlparse(str(tag.get("href") or tag.get("src")))
             if address.scheme or address.netloc:
@@ -70,8 +70,8 @@ def test_exported_names_are_documented_on_their_page(site):
     assert "What was wrong, the value seen" in page
 
 
-def test_nothing_is_loaded_from_elsewhere(site):
-    for path, soup in soups(site).items():
+def test_nothing_is_loaded_from_elsewhere(soups):
+    for path, soup in soups.items():
         for tag in soup.select("script[src], link[href], img[src], iframe[src]"):
             address = urlparse(str(tag.get("src") or tag.get("href")))
             assert address.scheme in ("", "data"), f"{path.name} loads {address.geturl()[:80]}"
