@@ -37,7 +37,8 @@ def test_false_alarms_and_coverage_are_as_they_should_be(measured):
     assert measured["eq", "coverage_null"] > 0.95 - 4 * 0.0154
     assert measured["eq", "coverage_effect"] > 0.95 - 4 * 0.0154
     assert abs(measured["eq", "bias_effect"]) < 0.1
-    assert measured["eq_own", "type1"] < 0.05 + 4 * 0.0154 and measured["eq_own", "coverage_null"] > 0.95 - 4 * 0.0154
+    assert measured["eq_own", "type1"] < 0.05 + 4 * 0.0154 and measured["eq_own", "coverage_effect"] > 0.95 - 4 * 0.0154
+    assert abs(measured["eq_own", "bias_effect"]) < 0.15 and measured["eq_own", "uncalibrated_effect"] < 0.5
 
 
 def test_the_naive_test_and_the_interval_without_the_grader_are_shown_for_what_they_are(measured):

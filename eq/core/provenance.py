@@ -168,7 +168,8 @@ def _close(run: Run, error: BaseException | None) -> None:
 def _resume_dir(name: str, folder: Path) -> Path:
     "Check that a folder was begun by a run of this name."
     began = [r for r in read_log(folder / LOG) if r["message"] == "run started"] if (folder / LOG).is_file() else []
-    if not began or began[-1].get("run") != name:
+    untouched = (folder / LOG).is_file() and not (folder / LOG).stat().st_size  # killed before the first line: nothing was done yet
+    if not untouched and (not began or began[-1].get("run") != name):
         was = f"a run of {began[-1].get('run')!r}" if began else "no run"
         raise EqError(f"cannot resume {name!r} in {folder}: {was} began there; give the folder of the run to resume")
     (folder / MANIFEST).unlink(missing_ok=True)

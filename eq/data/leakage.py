@@ -21,7 +21,7 @@ from ..core.registry import EqError
 from .cohort import Cohort
 from .fingerprint import Fingerprint, fingerprints, look_at
 from .io import open_image
-from .leak_report import FATAL, REPORTED, Leak, LeakReport, reason_of, stop_at_leaks
+from .leak_report import ADVICE, FATAL, REPORTED, Leak, LeakReport, reason_of, stop_at_leaks
 from .lookalike import alike_pairs, hash_distances, lay_over, shared_corners
 from .split import Split, position
 
@@ -73,7 +73,7 @@ def across_gap(
         return ""
     apart = abs(position(one) - position(other))
     gap = int(split.options.get("gap", 5)) if split.scheme == "blocks" else 1
-    return f"{apart} sections apart across a declared gap of {gap}" if apart > gap else ""
+    return f"{apart} sections apart across a declared gap of {gap}" if apart > max(gap, 1) else ""
 
 
 def _by_value(values: list[str]) -> list[list[int]]:
@@ -231,10 +231,11 @@ def check_leaks(
     split: Split | Mapping[str, Cohort],  # What will be trained on
     allow: str | None = None,  # The reason to train in spite of leaks, for the report
     quiet: bool = True,  # No progress bar
+    advice: str = ADVICE,  # What to do about them
 ) -> LeakReport:  # With the reason, where leaks were allowed
     "Finds leaks and stops at fatal ones. Raises EqError naming them where no reason is given, and for an empty reason."
     allow = reason_of(allow)  # before an image is read
-    return stop_at_leaks(find_leaks(split, quiet), allow)
+    return stop_at_leaks(find_leaks(split, quiet), allow, advice)
 
 
 def without_leaks(

@@ -191,7 +191,9 @@ def blocks(
     fold: int = 0,  # The fold that is tested
     seed: int = 0,  # Breaks ties
 ) -> Assigned:  # The cohort with blocks as its unit, a part a row
-    "Contiguous blocks of a series dealt into folds, with gaps where a training image would sit beside a held-out one."
+    "Contiguous blocks of a series dealt into folds, with gaps where a training image would sit beside a held-out one. Raises EqError for impossible ones."
+    if size < 1 or gap < 0:
+        raise EqError(f"blocks of {size} positions with a gap of {gap}; valid: 1 or more, and 0 or more")
     series = cohort.table["series" if "series" in cohort.table else "subject"].astype(str)
     at = np.array([position(s) for s in cohort.table["section"]])
     table = cohort.table.assign(block=contiguous_blocks(cohort.table["section"], series, size))
@@ -210,20 +212,26 @@ def _options(scheme: str, given: dict[str, int | float | str]) -> None:
     if given and not valid:
         schemes = [name for name in SCHEMES.names() if name != scheme]
         raise EqError(f"the {scheme} split has no options, given were {sorted(given)}: its parts stand in the cohort; for another split choose the scheme from {schemes}")
-    for name in given:
+    for name, value in given.items():
         if name not in valid:
             raise unknown_name(f"option of the {scheme} split", name, valid)
+        default = signature(SCHEMES[scheme]).parameters[name].default
+        if not isinstance(value, int) and not (isinstance(default, float) and isinstance(value, float)):
+            kind = "number" if isinstance(default, float) else "whole number"
+            raise EqError(f"option {name} of the {scheme} split is {value!r}; it must be a {kind}, for example {default}")
 
 
 def parse_options(
     texts: list[str],  # Each NAME=VALUE
 ) -> dict[str, int | float | str]:  # Numbers as numbers
-    "Options of a scheme from the command line. Raises EqError for what has no =."
+    "Options of a scheme from the command line. Raises EqError for what has no =, what is given twice, and what is no option of a scheme."
     found: dict[str, int | float | str] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
             raise EqError(f"--option {text!r}: expected NAME=VALUE, for example fold=1")
+        if name.strip() in found or name.strip() in ("cohort", "scheme", "purpose"):
+            raise EqError(f"--option {text!r}: {'given twice' if name.strip() in found else 'no option of a scheme; the scheme is given with --scheme'}")
         try:
             found[name.strip()] = int(value) if value.strip().lstrip("-").isdigit() else float(value)
         except ValueError:

@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from torch import nn
 
 from ..core.device import pick_device
 from ..core.files import plain
 from ..core.results import CheckpointMeta
 from ..data.crops import Sample
-from ..models.checkpoint import META, load_checkpoint, read_meta, save_checkpoint
+from ..models.checkpoint import load_checkpoint, save_checkpoint
 from ..models.ensemble import Ensemble
-from .fit_segment import FitOptions, FitResult, fit_segment
+from .fit_segment import FitOptions, FitResult, finished_fit, fit_segment
 from .history import write_history
 from .validate import Eye, validate
 
@@ -57,14 +56,6 @@ SEEDS_APART = 10_007  # the seeds of members lie so far apart that runs with see
 FOLDER = "members"  # below the run folder, while it lasts
 
 
-def _finished(folder: Path) -> FitResult | None:
-    "What a finished run left in a folder, None where there is none."
-    if not (folder / META).is_file():
-        return None
-    meta, history = read_meta(folder), pd.read_csv(folder / "history.csv").to_dict("records")
-    return FitResult(folder, meta, [{str(k): v for k, v in row.items()} for row in history], int(meta.metrics["crops"]), float(meta.metrics["seconds"]))
-
-
 def _in_a_row(found: Sequence[FitResult]) -> list[dict[str, Any]]:
     "One history of members that were trained one after the other."
     starts = np.cumsum([0.0, *(r.seconds for r in found)])
@@ -85,12 +76,13 @@ def fit_ensemble(
     folder, members = Path(folder), affordable(options, members)
     if members == 1:
         return fit_segment(model, train, valid, options, meta, folder, resume)
-    if resume and (done := _finished(folder)):
+    if resume and (done := finished_fit(folder)):
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)
         return done
     found = []
     for i in range(members):
         own = folder / FOLDER / str(i)
-        done = _finished(own) if resume else None
+        done = finished_fit(own) if resume else None
         found.append(done or fit_segment(copy.deepcopy(model), train, valid, share_of(options, members, i), meta, own, resume))
     first, device = found[0].meta, str(pick_device(options.device))
     ensemble = Ensemble([load_checkpoint(r.folder)[0] for r in found]).eval().to(device)

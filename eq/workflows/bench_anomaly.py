@@ -33,6 +33,7 @@ from ..training.fit_anomaly import AnomalyOptions, fit_anomaly
 from ..training.introspective import OBJECTIVES, take_step
 from ..training.optimiser import create_optimiser
 from .anomaly_judge import Exam, Verdict, Witness, examine, examine_baselines, make_exam, pass_verdict, together
+from .anomaly_lesson import split_normals
 from .anomaly_train import describe_autoencoder, fit_options
 from .bench import Row, Sitting, write_plot
 
@@ -105,7 +106,6 @@ def one_seed(
 ) -> list[Row]:  # Of both exposures
     "Networks and baselines with the exposure taken out; baselines once more with it kept."
     exam, rows = make_exam(cohort, config, quiet=True), list[Row]()
-    check_leaks(exam.split)
     networks = dict[str, Autoencoder]()
     for arch in course.archs:
         networks[arch], minutes = train_network(arch, exam, config, course)
@@ -184,6 +184,9 @@ def bench_anomaly(
         print(f"rows: {path}")
         return
     cohort = load_source("chest_xray")
+    for seed in seeds or config.bench.seeds:  # before anything is trained
+        leaks = check_leaks(split_normals(cohort, base.model_copy(update={"seed": seed})), advice="Such rows would say nothing")
+        print(f"seed {seed}: {leaks.summary()}", *leaks.notes, sep="; ", flush=True)
     for seed in seeds or config.bench.seeds:
         rows = one_seed(cohort, base.model_copy(update={"seed": seed}), course)
         path = sitting.append(rows)

@@ -15,6 +15,7 @@ from scipy.special import logit, softmax
 from ..core.ordinal import GRADES, grade_moments
 from ..data.synthetic_kidney import GRADE_EDGES
 from ..quantification.calibration import Calibration, fit_calibration
+from ..quantification.grade_model import GradeOptions
 from ..quantification.imputation import Herd, make_herd
 
 # %% ../../nbs/77hb_workflows.bench_world.ipynb #c29b67e0
@@ -127,7 +128,7 @@ def simulate(
     return Simulated(make_herd(p, np.ones(len(p)), drawn.start, group), drawn.human.astype(float), calibrations)
 
 # %% ../../nbs/77hb_workflows.bench_world.ipynb #e6d812ff
-FOLDS = 5  # of animals, as `eq effect` deals them
+FOLDS = GradeOptions().outer  # of animals
 
 
 def simulate_own(
@@ -145,8 +146,10 @@ def simulate_own(
     for i in range(cohorts):
         ends = starts[2 * animals * i : 2 * animals * (i + 1) + 1]
         here, animal = slice(ends[0], ends[-1]), np.repeat(np.arange(2 * animals), np.diff(ends))
-        seen, human, fold = drawn.seen[here], drawn.human[here], (rng.permutation(2 * animals) % FOLDS)[animal]
-        for f in range(FOLDS):
+        seen, human = drawn.seen[here], drawn.human[here]
+        order = np.lexsort((rng.permutation(2 * animals), np.bincount(animal, human) / np.bincount(animal), group))  # as `subject_folds` deals animals
+        fold = (np.argsort(order) % min(FOLDS, 2 * animals))[animal]
+        for f in range(fold.max() + 1):
             p[here][fold == f] = grade_seen(fit_grader(seen[fold != f], human[fold != f]), seen[fold == f])
         found = fit_calibration(grade_moments(p[here])[0], human.astype(float), animal)
         calibrations.append(found if found.slope > 2 * found.slope_se else Calibration())

@@ -77,6 +77,7 @@ add_verb(
     "effect", "eq.workflows.effect", "From images and grades to a treatment effect with receipts.",
     "eq effect cohort.csv --model outputs/glom --ratings grades.csv --out outputs/effect", "eq effect cohort.csv --model outputs/glom --control vehicle",
     "eq effect cohort.csv --model outputs/glom --ratings grades.csv --review filled.csv",
+    "eq effect cohort.csv --model outputs/glom --section sphere --min-diameter 30 --stain-normalise macenko --features lumen --features stain",
 )
 add_verb("plan", "eq.workflows.plan", "Animals, glomeruli and raters that an experiment needs.",
          "eq plan --effect 0.7 --pilot scores.csv", "eq plan --effect 0.7 --between 0.2 --within 0.5")

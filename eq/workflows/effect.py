@@ -26,12 +26,12 @@ from ..quantification.counting import RULES, SECTION_WEIGHTS
 from ..quantification.features import ENCODER, pick_features
 from ..quantification.grader import GRADERS
 from ..quantification.instances import records
-from ..quantification.restain import NONE, check_method
+from ..quantification.restain import NONE
 from ..reporting.render import write_report
 from .cli import with_options
 from .stages import Study, run_stages
 from .study import image_hashes
-from .study_options import StudyOptions, counting_rules, measured_features, network_encoder
+from .study_options import StudyOptions, counting_rules, measured_features, network_encoder, stain_method
 from .study_report import study_report
 
 # %% ../../nbs/75f_workflows.effect.ipynb #d896de7a
@@ -44,7 +44,7 @@ def _checked(options: StudyOptions) -> Cohort:
     lacking = [c for c in ("subject", "group") if (cohort.table[c].astype(str).str.strip() == "").any()]
     if lacking:
         raise EqError(f"{options.cohort}: the column {lacking[0]} is empty in some rows; every image needs its animal and its group")
-    _ = counting_rules(options), STAINS[options.stain], check_method(options.stain_normalise)
+    _ = counting_rules(options), STAINS[options.stain], stain_method(options)
     pick_features(measured_features(options), (ENCODER,))
     if options.ratings is not None and not Path(options.ratings).is_file():
         raise EqError(f"no sheet of grades at {options.ratings}")
@@ -138,7 +138,7 @@ OPTIONS = {
     "px_size_um": (float | None, None, typer.Option(help="Micrometres per pixel of all images [default: as the cohort says]")),
     "rule": (str, StudyOptions.rule, typer.Option("--count-rule", "--rule", help=f"How glomeruli are counted: {_names(RULES)}")),
     "guard": (tuple[int, int, int, int] | None, None, typer.Option(
-        help="Of the rule frame: pixels left out at top, left, bottom, right [default: the widest glomerulus]")),
+        help="Of the rule frame: pixels left out at top, left, bottom, right [default: the widest glomerulus at top and right, 1 at left and bottom]")),
     "section": (str, StudyOptions.section, typer.Option(
         help=f"Size bias, large glomeruli being cut more often: {_names(SECTION_WEIGHTS)}; profile leaves it, sphere weighs by 1/diameter")),
     "min_diameter": (float, StudyOptions.min_diameter, typer.Option(help="Smaller ones do not count: micrometres, or pixels where their size is unknown")),
@@ -146,7 +146,7 @@ OPTIONS = {
         help=f"What is measured; repeat it for each family or single feature, {ENCODER} is what the network sees")),
     "stain": (str, StudyOptions.stain, typer.Option(help=f"Stain of the images: {_names(STAINS)}")),
     "stain_normalise": (str, StudyOptions.stain_normalise, typer.Option(
-        help=f"Bring all crops that are measured to the stain of the cohort's middle image: {_names((NONE, *NORMALISERS))}")),
+        help=f"Bring all crops that are measured to the stain of the cohort's middle image: {_names((NONE, *NORMALISERS))}; not what the network sees")),
     "grader": (str, StudyOptions.grader, typer.Option(
         help=f"{_names(GRADERS)}; cnn learns from the network's view of each crop, not from --features, and knows no direction a grade must take")),
     "seed": (int, StudyOptions.seed, typer.Option(help="Of folds, draws and permutations")),

@@ -20,6 +20,7 @@ from ..core.logs import Logger
 from ..core.provenance import BrokenLink
 from ..core.receipts import COLUMN, Receipts, check_book, check_table, differences, read_stamped
 from ..core.registry import EqError, Registry
+from ..quantification.features import ENCODER
 from ..reporting.page import Item, figures, read_page
 from ..reporting.render import render_report
 from .effect import REPORT  # and with it the stages of a study
@@ -83,7 +84,8 @@ def compare_studies(
             yield BrokenLink(f"{name}.csv", f"{len(old)} rows", again.problems.get(name, "missing"))
             continue
         columns = [c for c in old.columns if c not in (COLUMN, *PLACES.get(name, ()))]
-        yield from differences(name, old, again.tables[name], columns, row_name, LOOSE)
+        near = LOOSE | {c: LOOSE["gate_distance"] for c in columns if c.startswith(f"{ENCODER}_")}  # also what a network sees
+        yield from differences(name, old, again.tables[name], columns, row_name, near)
 
 # %% ../../nbs/79d_workflows.replay.ipynb #c5e5b176
 def _said(items: Iterable[Item], book: Receipts) -> dict[str, Item]:

@@ -117,17 +117,13 @@ def run_notebook(
     out: str | Path | None = None,  # Folder of the run; default a new one below outputs/
     resume: bool = False,  # Go on in `out`: what was trained and predicted there is kept
 ) -> Path:  # The run's folder
-    "Execute a notebook as a run with a manifest, which also says when a cell fails. Raises EqError for that, and for a resumed run that had other parameters."
+    "Execute a notebook as a run with a manifest, which also says when a cell fails. Raises EqError for that, and where nothing can be resumed."
     from eq.core.provenance import begun, start_run
-    from eq.core.request import remember_request, same_request
 
     asked = {**{k: v for k, v in notebook_parameters(notebook).items() if k != "out"}, **(parameters or {})}
     if resume and (out is None or not begun(out)):
         raise EqError(f"nothing to resume in {out}: give --out the folder of the run that was interrupted")
-    if resume:
-        same_request(str(out), asked)
     with start_run(notebook.stem, out=out, params=asked, command=f"eq run {notebook.stem}", resume=resume) as run:
-        remember_request(run.dir, asked)
         run.add_input(notebook)
         execute_into(notebook, asked, run.dir)
         metrics = run.dir / "metrics.json"
@@ -158,7 +154,7 @@ def command(
     name: Annotated[str, typer.Argument(help="run notebook, for example mitochondria")],  # Name of a run notebook
     pairs: Annotated[list[str] | None, typer.Option("-p", help="parameter and its value; may be repeated", metavar="KEY VALUE")] = None,  # Parameters
     out: Annotated[Path | None, typer.Option(help="folder of the run; default a new one below outputs/")] = None,  # Folder of the run
-    resume: Annotated[bool, typer.Option("--resume", help="go on in --out with the same parameters; finished training is not done again")] = False,  # Go on
+    resume: Annotated[bool, typer.Option("--resume", help="go on in --out; finished training is not done again")] = False,  # Go on
 ) -> None:
     "Execute a run notebook with parameters; leaves the notebook, a report, metrics and a manifest in one folder."
     notebook = find_notebook(name)

@@ -9,7 +9,7 @@ __all__ = ['STAIN_REFERENCE', 'the_cohort', 'image_hashes', 'predict_stage', 'le
 # %% ../../nbs/75c_workflows.study.ipynb #0bad9800
 # pandas' indexing returns what a type checker cannot follow
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,14 @@ from ..data.leakage import by_subject, find_leaks
 from ..data.write import write_png
 from ..models.checkpoint import checkpoint_folder, read_meta
 from ..quantification.counting import LabelledImage, glomeruli_table, ledger_of
-from ..quantification.features import FeatureOptions, feature_table, feature_units
+from ..quantification.features import ENCODER, FeatureOptions, feature_table, feature_units
 from ..quantification.instances import ArrayLabels, LabelImage, records
 from ..quantification.regions import polygon_wkt, roi_box
 from ..quantification.restain import NONE, Restain, StainReference, middle_stain, stain_sample
 from .predict import PredictRequest, predict_images
 from .resolution import common_px_size
 from .stages import Study, add_stage, keep_table
-from .study_options import counting_rules, measured_features, network_encoder, options_of
+from .study_options import counting_rules, measured_features, network_encoder, options_of, stain_method
 
 # %% ../../nbs/75c_workflows.study.ipynb #02d49228
 def the_cohort(
@@ -180,21 +180,30 @@ def glomeruli_stage(
 STAIN_REFERENCE = "stain_reference.png"
 
 
-@add_stage("stain", needs=("predictions",))
+def _places(study: Study, image: str) -> list[tuple[int, int]]:
+    "Middles of the glomeruli that count."
+    table = study.tables["glomeruli"]
+    rows = records(table[(table["image"] == image) & (table["status"] == "counted")])
+    return [((r["top"] + r["bottom"]) // 2, (r["left"] + r["right"]) // 2) for r in rows]
+
+
+@add_stage("stain", needs=("glomeruli",))
 def stain_stage(
     study: Study,  # In the making
 ) -> None:
-    "The image whose stain all others are brought to, where that is asked for."
-    method = options_of(study).stain_normalise
-    study.results["stain"] = None
-    if method == NONE:
+    "The image whose stain all others are brought to, where that is asked for: one of those with glomeruli that count."
+    o = options_of(study)
+    if (method := stain_method(o)) == NONE:
+        study.results["stain"] = None
         return
-    name = middle_stain((str(row["image"]), stain_sample(image)) for row, image, _ in opened(study))
-    image, receipt = next((image, row["receipt"]) for row, image, _ in opened(study) if str(row["image"]) == name)
-    study.results["stain"] = made = StainReference(method, stain_sample(image))
+    images = {n: (image, row["receipt"], places) for row, image, _ in opened(study) if (places := _places(study, n := str(row["image"])))}
+    name = middle_stain(((n, stain_sample(image, places)) for n, (image, _, places) in images.items()), method)
+    image, receipt, places = images[name]
+    study.results["stain"] = made = StainReference(method, stain_sample(image, places))
     write_png(study.folder / STAIN_REFERENCE, made.sample)
     study.book.add("stain", Path(name).name, sha256_array(made.sample), [receipt])
-    study.note(f"stains are brought to that of {Path(name).name} ({method}): differences of stain between whole images are levelled, also those of a treatment")
+    study.note(f"stains are brought to that of {Path(name).name} ({method}): differences of stain between whole images are levelled, also those of a treatment"
+               + (". What the network sees of a glomerulus is not normalised" if ENCODER in measured_features(o) else ""))
 
 
 def restain_of(
@@ -204,13 +213,14 @@ def restain_of(
 ) -> Restain | None:  # None: its colours stay as they are
     "How the crops of an image are normalised. Raises EqError for an image that cannot be."
     stain = study.results.get("stain")
-    return stain.of(str(row["image"]), image) if stain is not None else None
+    return stain.of(str(row["image"]), image, _places(study, str(row["image"]))) if stain is not None else None
 
 # %% ../../nbs/75c_workflows.study.ipynb #5942518d
 def measure_glomeruli(
     study: Study,  # With predictions
     table: pd.DataFrame,  # Of `count_glomeruli`
     changed: Mapping[str, np.ndarray] | None = None,  # The labels that were counted; None: those that were predicted
+    names: Sequence[str] | None = None,  # Features or families; None: all that were asked for, and what the grader reads
 ) -> pd.DataFrame:  # A features table
     "Features of the glomeruli that count. Raises EqError where none does."
     o, parts = options_of(study), []
@@ -222,8 +232,9 @@ def measure_glomeruli(
     for row, image, labels in opened(study, changed):
         here = pd.DataFrame(counted[counted["image"] == str(row["image"])])
         if len(here):
-            how = FeatureOptions(stain=o.stain, restain=restain_of(study, row, image), encoder=study.results["encoder"])
-            parts.append(feature_table(image, labels, here, measured_features(o), how))
+            wanted = tuple(names or measured_features(o))
+            how = FeatureOptions(stain=o.stain, restain=restain_of(study, row, image), encoder=study.results["encoder"] if ENCODER in wanted else None)
+            parts.append(feature_table(image, labels, here, wanted, how))
     return pd.concat(parts, ignore_index=True)
 
 

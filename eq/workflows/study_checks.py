@@ -24,6 +24,7 @@ from ..data.annotations import feature_label
 from ..data.io import open_image
 from ..models.checkpoint import checkpoint_folder, read_meta
 from ..quantification.effect import EffectPlan
+from ..quantification.grader import GRADERS
 from ..quantification.instances import records
 from ..quantification.review import apply_review, export_review, review_queue
 from ..quantification.sensitivity import PERTURBATIONS, measure_sensitivity
@@ -73,7 +74,8 @@ def regraded(
     table = count_glomeruli(study, labels)
     if table.empty:
         raise EqError("no glomerulus is left to grade")
-    scores = grade_study(study, measure_glomeruli(study, table, labels), table).scores
+    reads = GRADERS[options_of(study).grader].reads or None  # no need to measure what nobody reads
+    scores = grade_study(study, measure_glomeruli(study, table, labels, reads), table).scores
     return apply_review(scores, study.tables["answers"]) if "answers" in study.tables else scores
 
 

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import typer
 
 from ..core.config import Config, TaskConfig, TrainConfig, load_config
-from ..core.files import is_disk_full
+from ..core.files import is_disk_full, sha256_bytes, sha256_path
 from ..core.provenance import LOG, Run, code_version, start_run
 from ..core.registry import EqError, unknown_name
 from ..core.request import remember_request, same_request
@@ -138,12 +138,12 @@ def _add_gate(folder: Path, split: Split, device: str, run: Run) -> None:
     run.log.info("gate fitted", images=gate.images + gate.validation, left_out=gate.left_out, refuses=gate.refuse is not None)
 
 # %% ../../nbs/73_workflows.train.ipynb #9cc39974
-def _train(request: TrainRequest, split: Split, px_size_um: float | None, run: Run) -> FitResult:
+def _train(request: TrainRequest, split: Split, px_size_um: float | None, run: Run, files: dict[str, str]) -> FitResult:
     "Reads, builds, fits; inside a run that writes the manifest."
     train, task = settings(request.task, with_network(request))
-    hashes = {name: [run.add_input(path) for path in split.parts[name].table["image"]] for name in ("train", "validate")}
+    hashes = {name: [run.add_input(path, files[path]) for path in split.parts[name].table["image"]] for name in ("train", "validate")}
     for path in [*split.train.table["mask"], *split.validate.table["mask"]]:
-        run.add_input(path)
+        run.add_input(path, files[path])
     scale = working_factor(task, px_size_um, lambda: object_width(split.train), request.values.get("scale"))
     samples, valid = (load_samples(c, scale, request.quiet) for c in (split.train, split.validate))
     _need_objects({"training": samples, "validation": valid}, split.train)
@@ -179,15 +179,22 @@ HOW_LONG = {"epochs", "minutes"}  # not of an ensemble, where it decides how man
 MAY_CHANGE = {"patience", "batch_size", "device", "precision"}
 
 
+def _hashed(split: Split) -> dict[str, str]:
+    "SHA-256 of every image and mask that is learned from."
+    return {p: sha256_path(p) for c in (split.train, split.validate) for column in ("image", "mask") for p in c.table[column]}
+
+
 def what_stays(
     request: TrainRequest,  # What is trained
     split: Split,  # On what
+    files: dict[str, str] | None = None,  # SHA-256 of what is learned from
 ) -> dict[str, Any]:  # For `same_request`
     "What a resumed training may not change: the images of each part, the start, and every setting but on what it runs and, of a single network, how long."
     parts = {name: [str(image) for image in cohort.table["image"]] for name, cohort in split.parts.items()}
     train, task = (section.model_dump() for section in settings(request.task, with_network(request)))
     free = MAY_CHANGE | (HOW_LONG if task["members"] == 1 else set())
-    return {"task": request.task, "start": str(request.start), **parts, **{k: v for k, v in (train | task).items() if k not in free}}
+    content = {"content of images and masks": sha256_bytes("".join(files.values()).encode())} if files else {}
+    return {"task": request.task, "start": str(request.start), **parts, **content, **{k: v for k, v in (train | task).items() if k not in free}}
 
 
 def train_segmentation(
@@ -203,7 +210,8 @@ def train_segmentation(
     px_size_um = common_px_size(split.train)
     leaks = check_leaks(split, request.allow_leak, request.quiet)
     params = {"task": request.task, "source": split.train.name, "start": str(request.start), "split": request.split, "values": request.values}
-    fixed = what_stays(request, split)
+    files = _hashed(split)
+    fixed = what_stays(request, split, files)
     if request.resume and request.out is not None:
         same_request(request.out, fixed)
     with start_run(f"train-{request.task}", request.out, params, resume=request.resume) as run:
@@ -213,7 +221,7 @@ def train_segmentation(
             run.log.warning(f"{len(stacks)} images or masks are stacks of which one plane is read; the first: {stacks[0]}")
         run.log.info(f"leaks: {leaks.summary()}")
         run.add_metrics({"leaks": leaks.record()})
-        result = _train(request, split, px_size_um, run)
+        result = _train(request, split, px_size_um, run, files)
         run.log.info("trained", validation_dice=round(result.meta.metrics["validation_dice"], 3), crops=result.crops, seconds=round(result.seconds))
     return result
 
@@ -251,7 +259,8 @@ def train_command(
     "The command of a task."
 
     def command(**given: Any) -> None:
-        split = {**parse_options(given.pop("option") or []), **{k: v for k in ("scheme", "fold") if (v := given.pop(k)) is not None}}
+        scheme, fold = given.pop("scheme"), given.pop("fold")
+        split = parse_options([*(given.pop("option") or []), *([] if fold is None else [f"fold={fold}"])]) | ({} if scheme is None else {"scheme": scheme})
         request = TrainRequest(task, given.pop("source"), given.pop("out"), given.pop("start"), split,
                                resume=given.pop("resume"), allow_leak=given.pop("allow_leak"), values={k: v for k, v in given.items() if v is not None})
         result = train_segmentation(request)
