@@ -262,6 +262,14 @@ def changed(world, tmp_path, name, change, **more):
     return make_study(options, tmp_path / name, quiet=True)
 
 
+def test_the_network_reads_the_pixels(world, tmp_path):
+    "Grades from the encoder's view of each crop, whatever else is measured; made again by `eq verify`."
+    report, made = changed(world, tmp_path, "seen", lambda t: t, grader="cnn", features=("geometry",), draws=20)
+    columns = set(made.tables["features"].columns)
+    assert {"encoder_000", "circularity"} <= columns and "effects" in made.results and "grades" not in made.problems
+    assert main(["verify", str(report.parent)]) == 0
+
+
 def test_one_group_only(world, tmp_path):
     report, made = changed(world, tmp_path, "one", lambda t: t.assign(group="control"))
     assert "effect" in made.problems and "group" in made.problems["effect"] and not stands(made)
