@@ -36,10 +36,10 @@ def discs(animals: int = 9, each: int = 20) -> Glomeruli:
 
 
 def draw(folder, name, grades, rng) -> dict:
-    "Sixteen round glomeruli in rows; the higher the grade, the fewer the holes."
+    "Sixteen round glomeruli in uneven rows, so that no two animals look alike; the higher the grade, the fewer the holes."
     rgb, mask = np.full((560, 560, 3), (238, 228, 240), np.uint8), np.zeros((560, 560), np.uint8)
     for n, grade in enumerate(grades):
-        at = 70 + 140 * (n % 4), 70 + 140 * (n // 4)
+        at = 70 + 140 * (n % 4) + int(rng.integers(-9, 10)), 70 + 140 * (n // 4) + int(rng.integers(-9, 10))
         cv2.circle(rgb, at, 58, (150, 80, 140), 2)
         cv2.circle(rgb, at, 50, (186, 96, 158), -1)
         for r, angle in zip(42 * np.sqrt(rng.random(34 - 10 * grade)), rng.uniform(0, 6.28, 34 - 10 * grade), strict=True):

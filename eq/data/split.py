@@ -216,8 +216,8 @@ def _options(scheme: str, given: dict[str, int | float | str]) -> None:
         if name not in valid:
             raise unknown_name(f"option of the {scheme} split", name, valid)
         default = signature(SCHEMES[scheme]).parameters[name].default
-        if not isinstance(value, int) and not (isinstance(default, float) and isinstance(value, float)):
-            kind = "number" if isinstance(default, float) else "whole number"
+        kind, fits = {str: ("text", str), float: ("number", (int, float))}.get(type(default), ("whole number", int))
+        if not isinstance(value, fits):
             raise EqError(f"option {name} of the {scheme} split is {value!r}; it must be a {kind}, for example {default}")
 
 

@@ -193,7 +193,7 @@ def what_stays(
     parts = {name: [str(image) for image in cohort.table["image"]] for name, cohort in split.parts.items()}
     train, task = (section.model_dump() for section in settings(request.task, with_network(request)))
     free = MAY_CHANGE | (HOW_LONG if task["members"] == 1 else set())
-    content = {"content of images and masks": sha256_bytes("".join(files.values()).encode())} if files else {}
+    content = {"what they hold (SHA-256 of images and masks)": sha256_bytes("".join(files.values()).encode())} if files else {}
     return {"task": request.task, "start": str(request.start), **parts, **content, **{k: v for k, v in (train | task).items() if k not in free}}
 
 
