@@ -9,7 +9,7 @@ __all__ = ['GATES', 'STATUSES', 'Verdict', 'RULES', 'SECTION_WEIGHTS', 'CUT', 'K
 
 # %% ../../nbs/50c_quantification.counting.ipynb #1b558681
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,7 @@ class LabelledImage:
     section: str | None = None
     px_size_um: float | None = None
     gate: Mapping[int, tuple[str, str]] | str | None = None  # Verdict for the image, or (verdict, reason) by label; None: not asked
+    guard: tuple[int, int, int, int] | None = None  # Of a frame whose rules leave it open; None: as wide as the widest of these labels
 
 
 def _gated(table: pd.DataFrame, gate: Mapping[int, tuple[str, str]] | str | None) -> pd.DataFrame:
@@ -219,7 +220,8 @@ def glomeruli_table(
             raise EqError(f"{what} is known for some images but not for {len(missing)}, the first of them {missing[0]}; give it for all or none")
     parts, rules = [], rules or CountingRules()
     for stem, one in zip(stems, images, strict=True):
-        table = _by_rule(one.labels, _gated(instance_table(one.labels, one.px_size_um), one.gate), rules)
+        own = replace(rules, guard=one.guard) if rules.rule == "frame" and rules.guard is None else rules
+        table = _by_rule(one.labels, _gated(instance_table(one.labels, one.px_size_um), one.gate), own)
         known = {"id": [f"{stem}#{n}" for n in table["label"]], "image": one.image, "label": table["label"], "subject": one.subject, "group": one.group}
         known |= {"section": one.section} if any(i.section is not None for i in images) else {}
         parts.append(pd.DataFrame(known, index=table.index).join(table.drop(columns="label")))

@@ -144,6 +144,16 @@ def pixel_receipts(
     return made
 
 
+def _guard(study: Study, image: str) -> tuple[int, int, int, int] | None:
+    "Of the counting frame as it was, so that it does not move with outlines that are made worse."
+    rows = study.tables["glomeruli"] if "glomeruli" in study.tables else pd.DataFrame()
+    rows = rows[rows["image"] == image] if len(rows) else rows
+    if not len(rows):
+        return None
+    wide = int(max((rows["bottom"] - rows["top"]).max(), (rows["right"] - rows["left"]).max()))
+    return wide, 1, 1, wide
+
+
 def count_glomeruli(
     study: Study,  # With predictions
     changed: Mapping[str, np.ndarray] | None = None,  # Image to other labels; None: those that were predicted
@@ -154,7 +164,8 @@ def count_glomeruli(
         who = people[str(Path(row["image"]).resolve())]
         verdict = {int(n): (row["gate"], str(row["gate_reasons"])) for n in range(1, int(row["objects"]) + 1)} if gated else None
         section = str(who["section"]) if who.get("section") else None
-        images.append(LabelledImage(str(row["image"]), labels, str(who["subject"]), str(who["group"]), section, image.px_size_um, verdict))
+        guard = _guard(study, str(row["image"])) if changed is not None else None
+        images.append(LabelledImage(str(row["image"]), labels, str(who["subject"]), str(who["group"]), section, image.px_size_um, verdict, guard))
     return glomeruli_table(images, counting_rules(options_of(study)))
 
 
