@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Labels', 'TRUE_COLUMNS', 'ANIMALS', 'FIELDS', 'HELD_OUT', 'OUT', 'VARIANTS', 'PANELS', 'PREDICTED', 'NAMES', 'SHOWN',
            'GradeCase', 'table_case', 'painted_case', 'interval_rows', 'steps_up', 'grade_rows', 'network_labels',
-           'feature_measure', 'bench_grade', 'draw_grades']
+           'feature_measure', 'network_measure', 'bench_grade', 'draw_grades']
 
 # %% ../../nbs/77h_workflows.bench_grade.ipynb #cdf2b42b
 # pandas' indexing returns what a type checker cannot follow
@@ -177,6 +177,23 @@ def feature_measure(
     return measure
 
 
+def network_measure(
+    folder: Path,  # A checkpoint
+) -> Measure:  # From pixels and labels to one row a label
+    "What the network's encoder sees of each glomerulus."
+    from eq.inference.embed import Encoder
+    from eq.quantification.features import ENCODER, FeatureOptions, feature_columns, feature_table
+
+    encoder = Encoder.from_checkpoint(folder, "cpu")
+
+    def measure(rgb: np.ndarray, labels: np.ndarray, px_size_um: float | None) -> pd.DataFrame:
+        found = instance_table(labels, px_size_um)
+        table = feature_table(rgb, labels, found.assign(id=found["label"].astype(str)), (ENCODER,), FeatureOptions(px_size_um=px_size_um, encoder=encoder))
+        return table.set_index(found["label"])[feature_columns(table)]
+
+    return measure
+
+
 def _segmenter(folder: Path, minutes: float, seed: int) -> Path:
     "A network of the same length and seed is trained once."
     from eq.workflows.train import TrainRequest, train_segmentation
@@ -196,7 +213,7 @@ VARIANTS: dict[str, GradeOptions] = {
     "proportional_odds": replace(OUT, model="proportional_odds"),
 }
 PANELS = range(1, 6)  # Other people for the same glomeruli
-PREDICTED = (*VARIANTS, "panels", "size_only")  # On outlines that a network predicted
+PREDICTED = (*VARIANTS, "cnn", "panels", "size_only")  # On outlines that a network predicted
 NAMES = (*PREDICTED, "exact_masks", "table", "sclerosis")  # What is measured unless `only` says otherwise
 SHOWN = ("qwk_true", "coverage", "mean_size", "abstained")
 
@@ -242,12 +259,19 @@ def _painted_rows(seed: int, minutes: float, wanted: Set[str]) -> list[Row]:
     csv = csv if csv.is_file() else write_kidney_design(csv.parent, design)
     network, measure, rows = base / f"grade-network-{minutes:g}", feature_measure(), []
     if wanted & set(PREDICTED):
-        case = painted_case(csv, network_labels(_segmenter(network, minutes, 0), csv.parent), measure, "predicted masks")
-        rows += _variant_rows(case, wanted, seed)
+        found = network_labels(_segmenter(network, minutes, 0), csv.parent)
+        rows += _variant_rows(painted_case(csv, found, measure, "predicted masks"), wanted, seed) if wanted & set(PREDICTED) - {"cnn"} else []
+        rows += _seen_rows(painted_case(csv, found, network_measure(network), "what the network sees"), seed) if "cnn" in wanted else []
     if "exact_masks" in wanted:
         exact = painted_case(csv, lambda rgb, stem: read_labels(csv.parent / "labels" / f"{stem}.png"), measure, "exact masks")
         rows += grade_rows(exact, VARIANTS["eq"], "exact_masks", seed)
     return rows
+
+
+def _seen_rows(case: GradeCase, seed: int) -> list[Row]:
+    import eq.quantification.grader_cnn  # noqa: F401  # registers it
+
+    return grade_rows(case, replace(OUT, model="cnn"), "cnn", seed)
 
 
 def _variant_rows(case: GradeCase, wanted: Set[str], seed: int) -> list[Row]:
