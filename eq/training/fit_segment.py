@@ -244,5 +244,6 @@ def fit_segment(
         fit.stream.start = progress.step * options.batch_size
     began = fit.clock.step
     _run(fit)
-    done = finished_fit(fit.folder) if began and fit.clock.step == began else None  # nothing was left to do: what was written stays as it is
-    return done if done is not None and done.meta.metrics["step"] == began else _finish(fit)
+    if began and fit.clock.step == began and (done := finished_fit(fit.folder)) and done.meta.metrics["step"] == began:
+        return done  # nothing was left to do: what was written stays as it is
+    return _finish(fit)

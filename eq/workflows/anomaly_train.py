@@ -18,7 +18,7 @@ from ..core.config import AnomalyConfig, load_config
 from ..core.environment import code_version
 from ..core.files import plain, read_json, without_secrets, write_json
 from ..core.paths import new_run_dir
-from ..core.provenance import LOG, Run, start_run
+from ..core.provenance import Run, begun, start_run
 from ..core.registry import EqError, unknown_name
 from ..core.request import REQUEST
 from ..core.results import CheckpointMeta
@@ -146,9 +146,9 @@ def train_anomaly(
 
 def _one(folder: Path, arch: str, asked: dict[str, Any], config: AnomalyConfig, lesson: Lesson, quiet: bool) -> AnomalyResult:
     "One network: begun, or gone on with where it was begun."
-    begun = (folder / LOG).is_file()
-    with start_run("train-anomaly", folder, {**asked, "arch": arch, "pixels": None, "config": told_config(config)}, resume=begun) as run:
-        return _fit(run, arch, config, lesson, (begun, quiet))
+    again = begun(folder)
+    with start_run("train-anomaly", folder, {**asked, "arch": arch, "pixels": None, "config": told_config(config)}, resume=again) as run:
+        return _fit(run, arch, config, lesson, (again, quiet))
 
 # %% ../../nbs/73k_workflows.anomaly_train.ipynb #d4b3bbb8
 def run_of(
@@ -171,9 +171,9 @@ def _go_on(request: AnomalyRequest) -> dict[str, AnomalyResult]:
     if request.out is not None or (request.archs is not None and set(request.archs) != set(archs)):
         raise EqError(f"--resume {request.resume} goes on with {list(archs)} in {folder}; valid: no --out, and no other --arch beside it")
     today = {k: v for k, v in told_config(load_config().anomaly).items() if k in TRACKING}
-    begun = AnomalyConfig.model_validate(asked["config"] | today)
-    wanted = anomaly_settings(request.values, begun.model_copy(update={"tracking_uri": load_config().anomaly.tracking_uri}))
-    if other := sorted(k for k in asked["config"] if getattr(wanted, k) != getattr(begun, k) and k not in LONGER):
+    before = AnomalyConfig.model_validate(asked["config"] | today)
+    wanted = anomaly_settings(request.values, before.model_copy(update={"tracking_uri": load_config().anomaly.tracking_uri}))
+    if other := sorted(k for k in asked["config"] if getattr(wanted, k) != getattr(before, k) and k not in LONGER):
         raise EqError(f"{folder} was begun with {other[0]} = {asked['config'][other[0]]!r}, now {getattr(wanted, other[0])!r} is asked for; "
                       f"valid: the same, or other {', '.join(LONGER)}")
     source = asked["source"] if request.source is None else request.source

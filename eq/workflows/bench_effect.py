@@ -108,7 +108,7 @@ def measure_effect(
             for name, out in analyse(cohort, seed=i):
                 parts.setdefault(name, []).append(out)
             own = simulate_own(world, shift, animals, int(size), np.random.default_rng([seed, animals, k, i, 1]))
-            parts.setdefault("eq_own", []).append(_outcome(*contrasts(own.herd, own.calibrations, 20, i)[0]))
+            parts.setdefault("eq_own", []).append(next(analyse(own, seed=i))[1])
             bare += sum(c.n_animals == 0 for c in own.calibrations)
         for name, outs in parts.items():
             p, low, high, estimate = (np.concatenate(v) for v in zip(*outs, strict=True))
