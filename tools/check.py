@@ -66,6 +66,11 @@ def check_export() -> int:
     return 1 if changed else 0
 
 
+def wrong(lines: list[str], most: int = 150) -> list[str]:
+    "What a failed step said, without what went well: the end of it, and of each line 300 characters."
+    return [line[:300] for line in lines if not line.startswith("ok  ")][-most:]
+
+
 class Steps:
     "Runs steps, keeps their output in build/check/STEP.log and remembers how each went."
 
@@ -89,8 +94,8 @@ class Steps:
             self.results[name] = (code, seconds)
             print(f"{'ok  ' if code == 0 else 'FAIL'} {seconds:6.1f} s  {name}", flush=True)
             text = (LOGS / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
-            told = [line for line in text if line.startswith("not run") or " s  " in line] if name == "notebooks" else []
-            shown = text[-200:] if code else told[-100:]
+            told = [line for line in text if line.startswith(("not run", "UNSTEADY")) or " s  " in line] if name == "notebooks" else []
+            shown = wrong(text) if code else told[-100:]
             print("".join(f"    {line}\n" for line in shown), end="", flush=True)
 
     def pytest(self, command: list, **env: str) -> str:
@@ -172,6 +177,10 @@ def main() -> int:
     for name, (code, seconds) in steps.results.items():
         print(f"  {'ok  ' if code == 0 else 'FAIL'} {seconds:7.1f} s  {name}")
     failed = [name for name, (code, _) in steps.results.items() if code]
+    for name in steps.results:  # once more, at the end: of a long log a record may keep nothing else
+        text = (LOGS / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
+        if name != "pytest" and (name in failed or any(line.startswith("UNSTEADY") for line in text)):
+            print("\n".join([f"\nwhat {name} said", *wrong(text, 60)]))
     verdict = f"failed: {', '.join(failed)} (logs in {LOGS.relative_to(ROOT)})" if failed else "everything passed"
     print(f"  total {time.time() - start:.0f} s; {verdict}")
     print(closing, flush=True)

@@ -101,6 +101,16 @@ def flagged_cells(paths: list[Path]) -> dict[str, dict[str, int]]:
     return found
 
 
+def run_all(paths: list[Path], flags: list[str], jobs: int, results: dict[str, bool]) -> None:
+    "Test notebooks side by side, each in a fork of its own; what became of each is put into `results`."
+    with get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
+        for name, passed, seconds in pool.imap_unordered(run_one, [(p, flags) for p in paths], chunksize=1):
+            results[name] = passed
+            print(f"{'ok  ' if passed else 'FAIL'} {seconds:6.1f} s  {name}", flush=True)
+        pool.close()
+        pool.join()  # each worker writes its coverage when it ends
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="notebooks to test, by a part of their name; default: all")
@@ -109,21 +119,20 @@ def main() -> int:
     args = parser.parse_args()
     flags = args.flags.split()
     paths = [p for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")) if not args.names or any(n in p.name for n in args.names)]
-    results, start = [], time.time()
+    results, start = {}, time.time()
     preload()
-    with get_context("fork").Pool(max(1, args.jobs), maxtasksperchild=1) as pool:
-        # largest first: two workers then end at about the same time
-        jobs = [(p, flags) for p in sorted(paths, key=lambda p: -p.stat().st_size)]
-        for name, passed, seconds in pool.imap_unordered(run_one, jobs, chunksize=1):
-            results.append((name, passed, seconds))
-            print(f"{'ok  ' if passed else 'FAIL'} {seconds:6.1f} s  {name}", flush=True)
-        pool.close()
-        pool.join()  # each worker writes its coverage when it ends
+    # largest first: two workers then end at about the same time
+    run_all(sorted(paths, key=lambda p: -p.stat().st_size), flags, max(1, args.jobs), results)
+    once = sorted(name for name, passed in results.items() if not passed)
+    if once:  # alone on the machine: what fails twice is broken, what fails once leans on time or on its neighbours, and is told
+        print(f"once more, one at a time: {', '.join(once)}", flush=True)
+        run_all([p for p in paths if p.name in once], flags, 1, results)
+        print("".join(f"UNSTEADY, failed beside others and passed alone: {name}\n" for name in once if results[name]), end="", flush=True)
     for flag, notebooks in flagged_cells(paths).items():
         if flag not in flags:
             cells = ", ".join(f"{name} ({count})" for name, count in notebooks.items())
             print(f"not run, flag {flag!r}: {sum(notebooks.values())} cells in {cells}")
-    failed = sorted(name for name, passed, _ in results if not passed)
+    failed = sorted(name for name, passed in results.items() if not passed)
     print(f"{len(results) - len(failed)} of {len(results)} notebooks passed in {time.time() - start:.0f} s; failed: {', '.join(failed) or 'none'}")
     return 1 if failed or not results else 0
 
