@@ -138,7 +138,7 @@ def measured(part: str) -> dict[str, str]:
 def coverage(steps: Steps) -> None:
     "Put the parts together and hold them against the bar."
     command, start = [str(BIN / "coverage")], time.time()
-    parts = [str(LOGS / "cover" / part) for part in ("notebooks", "pytest")]
+    parts = [str(file) for part in ("notebooks", "pytest") for file in sorted((LOGS / "cover" / part).glob(".coverage*"))]  # of a folder it would skip a plain .coverage
     subprocess.run([*command, "combine", "--quiet", "--keep", *parts], cwd=ROOT, env=environment(), check=False)
     report = [*command, "report", f"--fail-under={COVER_AT_LEAST}", "--sort=cover"]
     done = subprocess.run(report, cwd=ROOT, env=environment(), check=False, capture_output=True, text=True)
