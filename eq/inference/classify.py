@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['View', 'VIEWS', 'PART', 'BATCH', 'DONE', 'REFUSED', 'FAILED', 'FILES', 'check_pictures', 'Classifier', 'softmax',
-           'Predictor', 'Ensemble', 'Doorkeeper', 'read_for', 'predict_files']
+           'Predictor', 'sees_body', 'Ensemble', 'Doorkeeper', 'read_for', 'predict_files']
 
 # %% ../../nbs/41c_inference.classify.ipynb #56213278
 from collections.abc import Callable, Sequence
@@ -147,16 +147,23 @@ class Predictor(Protocol):
         ...
 
 
+def sees_body(
+    meta: CheckpointMeta,  # Of a classifier
+) -> bool:  # False: the whole picture
+    "Whether the network was trained on pictures cut to the body."
+    return bool(meta.params.get("body", True))
+
+
 @dataclass(frozen=True)
 class Ensemble:
-    "Several classifiers as one. Raises EqError when they differ in classes or side."
+    "Several classifiers as one. Raises EqError when they differ in classes, side or in whether they are shown the body alone."
 
     members: Sequence[Classifier]
 
     def __post_init__(self) -> None:
-        kinds = {(m.meta.classes, m.meta.tile) for m in self.members}
+        kinds = {(m.meta.classes, m.meta.tile, sees_body(m.meta)) for m in self.members}
         if len(kinds) != 1:
-            raise EqError(f"an ensemble of {len(self.members)} members with classes and sides {sorted(kinds)}; valid: at least one, all alike")
+            raise EqError(f"an ensemble of {len(self.members)} members with classes, sides and body alone {sorted(kinds)}; valid: at least one, all alike")
 
     @property
     def meta(self) -> CheckpointMeta:  # Of the first member
@@ -193,7 +200,7 @@ def read_for(
     meta: CheckpointMeta,  # Of the classifier that is to see it
 ) -> np.ndarray:  # (side, side, 3) uint8, cut to the body where training did so
     "A picture as the network was trained on them. Raises EqError for a file that cannot be read."
-    return read_picture(path, meta.tile, bool(meta.params.get("body", True)))
+    return read_picture(path, meta.tile, sees_body(meta))
 
 
 def _read(paths: Sequence[Path | str], meta: CheckpointMeta) -> list[np.ndarray | EqError]:

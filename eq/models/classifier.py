@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'CLASSIFIERS', 'TIMM', 'Parts', 'Family', 'timm_family', 'classifier_family', 'create_classifier',
-           'freeze_features']
+           'check_side', 'freeze_features']
 
 # %% ../../nbs/20c_models.classifier.ipynb #2439dcc0
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torchvision.models import VGG16_Weights, vgg16
@@ -117,6 +118,13 @@ def _fill(model: nn.Module, found: dict[str, torch.Tensor], parts: Parts, origin
     model.load_state_dict(own | fits)
 
 
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise EqError(f"weights {str(path)!r} cannot be read: {error}; valid: a whole .safetensors file") from error
+
+
 def create_classifier(
     arch: str = "vgg16",  # A name from `CLASSIFIERS`, or tu-NAME for a network of timm
     in_channels: int = 3,  # Channels of the image
@@ -139,8 +147,19 @@ def create_classifier(
         path = Path(str(pretrained))
         if path.suffix != ".safetensors" or not path.is_file():
             raise EqError(f"weights {str(path)!r}: not an existing .safetensors file; `eq models extract-weights` turns other formats into one")
-        _fill(model, load_file(path), family.parts(model), str(path))
+        _fill(model, _tensors(path), family.parts(model), str(path))
     return model
+
+
+def check_side(
+    model: nn.Module,  # A classifier
+    side: int,  # Of the images it is to see, pixels
+) -> None:
+    "Raises EqError for a side that the network cannot take: transformers with fixed positions take one side only."
+    known = cast(dict[str, Any], getattr(model, "default_cfg", {}))
+    if known.get("fixed_input_size") and side != known["input_size"][-1]:
+        only = known["input_size"][-1]
+        raise EqError(f"image side {side}; {known.get('architecture', 'this network')} takes {only} pixels only: set classify.image_size, or choose another network")
 
 
 def freeze_features(

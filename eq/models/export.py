@@ -28,7 +28,7 @@ from ..core.results import CheckpointMeta
 from .checkpoint import WEIGHTS, checkpoint_folder, load_checkpoint
 from .classifier import classifier_family
 from .export_int8 import quantise
-from .openvino_graph import compile_model, infer, need_openvino, save_model, trace_openvino
+from .openvino_graph import HINTS, compile_model, infer, need_openvino, save_model, trace_openvino
 from .pixelnet import pixel_network
 
 # %% ../../nbs/26_models.export.ipynb #f50156a5
@@ -54,6 +54,7 @@ class Format:
     load: Callable[[Path], Runner]
     tolerance: float | None = None  # largest difference of a probability to PyTorch, None where it is a property and no fault
     calibrates: bool = False  # looks at images
+    hint: str = ""  # OpenVINO: what it has to compute in; a file cannot say so itself, so export.json and the table do
 
 
 EXPORTS: Registry[Format] = Registry("export format")
@@ -132,9 +133,9 @@ def _write_int8(job: Job, path: Path) -> None:
 
 EXPORTS.register("onnx")(Format("model.onnx", _write_onnx, _load_onnx, 1e-3))
 EXPORTS.register("torch-export")(Format("model.pt2", _write_program, _load_program, 1e-3))
-EXPORTS.register("openvino")(Format("model.xml", lambda job, path: save_model(_graph(job), path), _load_openvino("fp32"), 1e-3))
-EXPORTS.register("openvino-bf16")(Format("model.xml", lambda job, path: save_model(_graph(job), path, halve=True), _load_openvino("bf16")))
-EXPORTS.register("openvino-int8")(Format("model.xml", _write_int8, _load_openvino("fp32"), calibrates=True))
+EXPORTS.register("openvino")(Format("model.xml", lambda job, path: save_model(_graph(job), path), _load_openvino("fp32"), 1e-3, hint=HINTS["fp32"]))
+EXPORTS.register("openvino-bf16")(Format("model.xml", lambda job, path: save_model(_graph(job), path, halve=True), _load_openvino("bf16"), hint=HINTS["bf16"]))
+EXPORTS.register("openvino-int8")(Format("model.xml", _write_int8, _load_openvino("fp32"), calibrates=True, hint=HINTS["fp32"]))
 
 # %% ../../nbs/26_models.export.ipynb #65c01f8a
 @dataclass(frozen=True)
@@ -215,11 +216,12 @@ def _megabytes(folder: Path) -> float:
 
 
 def _describe(folder: Path, format: str, meta: CheckpointMeta, measured: dict[str, Any]) -> None:
-    "export.json: what the files are, where they come from, how they compared."
+    "export.json: what the files are, where they come from, how to open them so that they are what was compared, how they compared."
     hashes = {p.name: sha256_file(p) for p in sorted(folder.iterdir())}
     what = "probability of each class" if meta.task == "classify" else "probability of the foreground"
     about = {"format": format, "task": meta.task, "arch": meta.arch, "classes": meta.classes, "input": f"uint8 (N, {meta.tile}, {meta.tile}, 3), RGB",
-             "output": f"float32, {what}; normalisation and temperature are inside", "checkpoint": meta.weights_sha256}
+             "output": f"float32, {what}; normalisation and temperature are inside", "checkpoint": meta.weights_sha256,
+             "runtime": {"INFERENCE_PRECISION_HINT": hint} if (hint := EXPORTS[format].hint) else {}}
     write_json(folder / "export.json", {**about, "measured": measured, "files": hashes, "code": code_version(), "environment": environment()})
 
 
@@ -235,10 +237,11 @@ def export_model(
     net, meta, expected = _opened(checkpoint, images)
     tokens = meta.task == "classify" and classifier_family(meta.arch).parts(net.get_submodule("model")).tokens
     job = Job(net, meta.tile, tokens, images if calibration is None else _checked(calibration, meta))
-    note = "ranges were measured on the images it is compared on" if chosen.calibrates and calibration is None else ""
+    notes = [f"open with INFERENCE_PRECISION_HINT={chosen.hint}" if chosen.hint else "",
+             "ranges were measured on the images it is compared on" if chosen.calibrates and calibration is None else ""]
     with staged_folder(final) as temp:
         chosen.write(job, temp / chosen.file)
-        measured = {**_compare(chosen.load(temp / chosen.file), images, expected, meta), "size_mb": _megabytes(temp), "note": note}
+        measured = {**_compare(chosen.load(temp / chosen.file), images, expected, meta), "size_mb": _megabytes(temp), "note": "; ".join(n for n in notes if n)}
         if chosen.tolerance is not None and measured["max_difference"] > chosen.tolerance:
             raise EqError(f"{format}: a probability differs by {measured['max_difference']:.4f} from PyTorch, at most {chosen.tolerance} is rounding; not kept")
         _describe(temp, format, meta, plain(measured))

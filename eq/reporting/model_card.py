@@ -98,10 +98,9 @@ def _plain_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, obje
 
 def _start(params: Mapping[str, Any]) -> str:
     "What the parameters say of the beginning."
-    said = params.get("weights", params.get("pretrained"))
-    if isinstance(said, bool):
-        return "ImageNet weights" if said else "random weights"
-    return str(said or "")
+    said = next((part[k] for part in (params, params.get("classify", {})) for k in ("weights", "pretrained") if k in part), "")
+    known = {"imagenet": "ImageNet weights", "none": "random weights", "True": "ImageNet weights", "False": "random weights"}
+    return known.get(str(said), str(said or ""))
 
 
 def _network(meta: CheckpointMeta) -> str:
@@ -109,7 +108,7 @@ def _network(meta: CheckpointMeta) -> str:
     return _facts({
         "Task": meta.task, "Architecture": " on ".join(p for p in (meta.arch, meta.encoder) if p), "Classes": ", ".join(meta.classes),
         "Input": f"{meta.in_channels} channels, {size}", "Normalisation": f"mean {list(meta.mean)}, standard deviation {list(meta.std)} on the 0-1 scale",
-        "Started from": f"checkpoint {meta.parent[:12]}..." if meta.parent else _start(meta.params),
+        "Started from": "; ".join(s for s in (_start(meta.params), f"checkpoint {meta.parent[:12]}..." if meta.parent else "") if s),
         "Weights (SHA-256)": meta.weights_sha256, "Code": meta.code.get("version", ""), "Commit": meta.code.get("commit") or "",
     })  # fmt: skip
 

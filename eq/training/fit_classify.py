@@ -28,6 +28,7 @@ from ..core.results import CheckpointMeta
 from ..data.augment import AUGMENTS
 from ..data.pictures import Pictures
 from ..models.checkpoint import META, WEIGHTS, load_tensors, read_meta, save_checkpoint
+from ..models.classifier import check_side
 from .batches import Batches, BatchPlan, check_pictures, soft_targets, take_pictures
 from .callback import Average, Bar, Clock, EachEpoch, Precision, fit_within_memory, frozen_copy
 from .course import Course, FrozenFeatures, frozen_until
@@ -93,6 +94,7 @@ class ClassifyFit:
         team: Team | None = None,  # The processes that train together; None: this one
     ):
         self.train, self.valid, self.options, self.meta, self.folder, self.team = train, valid, options, meta, folder, team or Team()
+        check_side(model, train.images.shape[1])
         self.device = str(pick_device(options.device))
         self.model = model.to(self.device, memory_format=memory_format(self.device))  # type: ignore[call-overload]
         self.clock = Clock(1, options.minutes)

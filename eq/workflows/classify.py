@@ -217,8 +217,9 @@ def describe_model(
     scores: Annotated[Path | None, typer.Option(help="scores.json of the evaluation of this network")] = None,  # On unseen data
     purpose: Annotated[str, typer.Option(help="What it is for, and what it is not for")] = "",  # For the first section
     licence: Annotated[str, typer.Option(help="Of the weights")] = "",  # For the last
+    exports: Annotated[Path | None, typer.Option(help="exports.csv of `eq classify export`")] = None,  # Other formats
 ) -> None:
     "Write a model card: what it is for, what it learned from, how well it was measured, where it ends."
     from eq.workflows.classify_tools import write_card
 
-    typer.echo(str(write_card(model, out, scores, purpose, licence)))
+    typer.echo(str(write_card(model, out, scores, purpose, licence, exports)))

@@ -31,7 +31,7 @@ from ..data.pictures import Pictures, load_pictures
 from ..data.source import load_source
 from ..data.split import Split, split_cohort
 from ..models.checkpoint import WEIGHTS, load_checkpoint, save_checkpoint
-from ..models.classifier import Parts, classifier_family, create_classifier
+from ..models.classifier import Parts, check_side, classifier_family, create_classifier
 
 # %% ../../nbs/73c_workflows.classify_stages.ipynb #b9a45081
 COHORT, SKIPPED = "cohort.csv", "skipped.csv"
@@ -151,6 +151,7 @@ def prepare_base(
     for path, names in ((config.paths.base_model, tuple(f"imagenet {i}" for i in range(1000))), (config.paths.updated_base_model, classes)):
         with start_run("classify-prepare", renew(placed(path)), {"arch": config.arch, "weights": config.weights, "classes": len(names)}) as run:
             model = create_classifier(config.arch, 3, len(names), beginning(config), config.dropout, config.seed)
+            check_side(model, config.image_size[0])
             save_checkpoint(run.dir, model, describe_classifier(config, names, classifier_family(config.arch).parts(model)))
             written.append(run.dir)
     return written[0], written[1]

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MOST', 'ALL', 'RATES', 'MEASURES', 'CALIBRATION', 'BASELINES', 'UNSEEN', 'Samples', 'sample_pictures',
-           'wanted_formats', 'export_checkpoint', 'said_table', 'range_test', 'said_rate', 'card_facts', 'write_card',
-           'check_team', 'train_in_processes']
+           'wanted_formats', 'export_checkpoint', 'said_table', 'range_test', 'said_rate', 'card_facts', 'read_exports',
+           'write_card', 'check_team', 'train_in_processes']
 
 # %% ../../nbs/73h_workflows.classify_tools.ipynb #bcb62f50
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..data.leak_report import leak_verdict
 from ..data.leakage import check_leaks
 from ..inference.classify import read_for
 from ..models.checkpoint import checkpoint_folder, read_meta
-from ..models.export import EXPORTS, export_formats, export_model, export_table
+from ..models.export import EXPORTS, Exported, export_formats, export_model, export_table
 from ..reporting.model_card import CardFacts, model_card
 from ..training.ddp import need_accelerate, start_team
 from ..training.lr_finder import RangeCurve, RangePlan, find_rate, write_rates
@@ -210,17 +210,33 @@ def card_facts(
                      calibration=_of(scores, "network", CALIBRATION), limits=limits)
 
 
+def read_exports(
+    path: Path,  # exports.csv
+) -> pd.DataFrame:  # Without the paths of the machine that made it
+    "What `eq classify export` wrote. Raises EqError for anything else."
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise EqError(f"{path} is no table: {error}; valid: exports.csv of `eq classify export`") from error
+    wanted = [c for c in Exported.__dataclass_fields__ if c != "path"]
+    if missing := [c for c in wanted if c not in table]:
+        raise EqError(f"{path} has no column {missing[0]!r}; valid: exports.csv of `eq classify export`")
+    return pd.DataFrame(table, columns=wanted).assign(note=table["note"].fillna(""))
+
+
 def write_card(
     model: Path,  # A checkpoint folder, or a file in it
     out: Path,  # The Markdown file
     scores: Path | None = None,  # scores.json of the evaluation
     purpose: str = "",  # What it is for, and what it is not for
     licence: str = "",  # Of the weights
+    exports: Path | None = None,  # exports.csv of `eq classify export`
 ) -> Path:  # The path written
-    "Writes a model card. Raises EqError for scores that are none or of other weights."
+    "Writes a model card. Raises EqError for scores that are none or of other weights, and for a table that is none of exports."
     folder = checkpoint_folder(model)
     meta = read_meta(folder)
     facts = card_facts(meta, folder, None if scores is None else read_json(scores), purpose, licence)
+    facts = facts if exports is None else replace(facts, exports=read_exports(exports))
     return write_text(out, model_card(meta, facts, folder.as_posix()))
 
 # %% ../../nbs/73h_workflows.classify_tools.ipynb #27fcb75f
