@@ -1,5 +1,6 @@
 """The verbs around the classifier as a user types them: what they write, what they say, and what they say to wrong input."""
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,13 +88,20 @@ def test_what_a_folder_holds_besides_is_told(made: Path, tmp_path: Path, eq: Say
 
 
 def test_embed_a_folder_of_classes(made: Path, tmp_path: Path, eq: Say) -> None:
-    code, said = eq("embed", made / "set", "--model", made / "model", "--dims", "3", "--out", tmp_path / "alike", "--neighbours", "3")
-    assert code == 1 and "140 done, 1 failed" in said and "have the class of the picture, 50 % would by chance" in said and "Rand index" in said, said
+    "Two unbroken runs a class, one of them longer than a block: no neighbour comes from the picture's own run, though its blocks touch."
+    for label in ("Normal", "Tumor"):
+        (tmp_path / "set" / label).mkdir(parents=True)
+        for i in (*range(20), *range(40, 50)):
+            shutil.copy(made / "set" / label / f"{label}- ({i}).png", tmp_path / "set" / label)
+    shutil.copy(made / "set" / "Tumor" / "Tumor- (99).jpg", tmp_path / "set" / "Tumor")
+    code, said = eq("embed", tmp_path / "set", "--model", made / "model", "--dims", "3", "--out", tmp_path / "alike", "--neighbours", "3")
+    assert code == 1 and "60 done, 1 failed" in said and "Rand index" in said and "slices of the same unbroken run are left out" in said, said
+    assert "have the class of the picture, 30 % would by chance" in said, said  # (20 x 10/40 + 10 x 20/50) / 30
     table, near = (pd.read_csv(tmp_path / "alike" / name) for name in ("embedding.csv", "neighbours.csv"))
-    assert table["label"].value_counts().to_dict() == {"Normal": 70, "Tumor": 70} and {"x", "y", "z", "cluster", "block"} <= set(table)
-    assert len(near) == 3 * 140 and np.mean(near["label"] == near["neighbour_label"]) > 0.9  # brightness alone tells these apart
-    block = dict(zip(table["image"], table["block"], strict=True))
-    assert not [pair for pair in zip(near["image"], near["neighbour"], strict=True) if block[pair[0]] == block[pair[1]]]
+    assert table["label"].value_counts().to_dict() == {"Normal": 30, "Tumor": 30} and {"x", "y", "z", "cluster", "block", "run"} <= set(table)
+    assert len(near) == 3 * 60 and np.mean(near["label"] == near["neighbour_label"]) > 0.9  # brightness alone tells these apart
+    run = dict(zip(table["image"], table["run"], strict=True))
+    assert not [pair for pair in zip(near["image"], near["neighbour"], strict=True) if run[pair[0]] == run[pair[1]]]
     assert "plotly" in (tmp_path / "alike" / "index.html").read_text()[:100_000].lower() and (tmp_path / "alike" / "embedding.png").stat().st_size > 1000
 
 

@@ -23,7 +23,7 @@ from ..data.source_classes import CT_BLOCK, unbroken_runs
 from ..data.split import contiguous_blocks, position
 from ..inference.classify import BATCH, DONE, FAILED, Classifier, read_for
 from ..inference.picture_features import embed_pictures
-from ..inference.project import FEWEST, Neighbours, check_projection, cluster_stability, nearest_neighbours, neighbour_agreement, project
+from ..inference.project import FEWEST, Neighbours, chance_agreement, check_projection, cluster_stability, nearest_neighbours, neighbour_agreement, project
 from ..models.checkpoint import META, WEIGHTS, checkpoint_folder
 from ..reporting.embedding_page import Points, write_embedding_page, write_embedding_png
 from ..reporting.plotly_page import plotly_objects
@@ -31,7 +31,7 @@ from ..reporting.plotly_page import plotly_objects
 # %% ../../nbs/73ga_workflows.classify_alike.ipynb #a5ca6f8c
 def picture_table(
     given: Iterable[Path],  # Files, and folders that are searched to the bottom
-) -> pd.DataFrame:  # image, name, label, block, run; sorted within each folder
+) -> pd.DataFrame:  # image, name, label, block, run, unit (what no neighbour is taken from); sorted within each folder
     "Pictures with the class that their folder names. Raises EqError when there is none."
     files = [p for path in given for p in (sorted((q for q in path.rglob("*") if is_image_path(q)), key=lambda q: natural_key(str(q))) if path.is_dir() else [path])]
     paths = list(dict.fromkeys(p.absolute() for p in files))
@@ -45,7 +45,7 @@ def picture_table(
     if numbered:
         numbers = [str(position(paths[i].stem)) for i in numbered]
         table.loc[numbered, "block"], table.loc[numbered, "run"] = contiguous_blocks(numbers, series, CT_BLOCK), unbroken_runs(numbers, series)
-    return table
+    return table.assign(unit=np.where(table.index.isin(numbered), table["run"], table["image"]))
 
 
 def _read_in_parts(table: pd.DataFrame, classifier: Classifier, skipped: dict[str, str], quiet: bool) -> Iterator[tuple[list[int], np.ndarray]]:
@@ -117,6 +117,17 @@ def neighbour_table(
                          "cosine_distance": found.distance[at, rank]})
 
 
+def _neighbour_note(rows: pd.DataFrame, found: Neighbours) -> str:
+    "How often neighbours share the class, beside chance among those that were allowed."
+    labels, units = rows["label"].to_numpy(), rows["unit"]
+    share, chance = neighbour_agreement(found, labels), chance_agreement(found, labels, units.tolist())
+    if share != share:
+        return "neighbours: there is one run only, and slices of one unbroken run do not count as neighbours"
+    alone = " (no class has a second run)" if not chance else ""
+    apart = "; slices of the same unbroken run are left out" if units.nunique() < len(rows) else ""
+    return f"neighbours: {100 * share:.0f} % have the class of the picture, {100 * chance:.0f} % would by chance{alone}{apart}"
+
+
 def alike_notes(
     rows: pd.DataFrame,  # From `embed_files`
     features: np.ndarray,  # (N, D)
@@ -125,15 +136,10 @@ def alike_notes(
     "Whether neighbours share the class and whether clusters hold."
     blocks, labels = rows["block"], rows["label"].to_numpy()
     unit = "block" if len(set(blocks)) < len(rows) else "picture"
-    shares = np.unique(labels, return_counts=True)[1] / len(labels)
-    chance, share = float((shares**2).sum()), neighbour_agreement(found, labels)
     held = cluster_stability(features, units=blocks.tolist())
-    first = f"neighbours: {100 * share:.0f} % have the class of the picture, {100 * chance:.0f} % would by chance"
-    if share != share:
-        first = "neighbours: there is one block only, and slices of one block do not count as neighbours"
     few = f"; {held.units} {unit}s are too few to tell" if held.units < 2 * FEWEST else ""
     second = f"clusters: {held.k} hold best when {held.units} {unit}s are drawn again, adjusted Rand index {held.rand:.2f} (lowest twentieth {held.low:.2f}){few}"
-    return (first + ("; slices of the same block are left out" if unit == "block" and share == share else ""), second), held.labels
+    return (_neighbour_note(rows, found), second), held.labels
 
 # %% ../../nbs/73ga_workflows.classify_alike.ipynb #48f949fa
 NAMES = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}  # as people write them
@@ -161,7 +167,7 @@ def embed_folder(
         rows, features, skipped = embed_files(given, classifier, request.quiet)
         for path in rows["image"]:
             run.add_input(path)
-        found = nearest_neighbours(features, request.neighbours, rows["block"].tolist())
+        found = nearest_neighbours(features, request.neighbours, rows["unit"].tolist())
         notes, clusters = alike_notes(rows, features, found)
         at = project(features, request.method, request.dims)
         page = _write(run, request, rows, at, notes)
