@@ -87,6 +87,68 @@ def test_what_a_folder_holds_besides_is_told(made: Path, tmp_path: Path, eq: Say
         assert sorted(pd.read_csv(tmp_path / table)["status"]) == ["done", "left out", "left out"]
 
 
+def write_slice(path: Path, grey: np.ndarray, number: int) -> None:
+    "A CT slice of a series."
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = Dataset()
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID, data.file_meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, CTImageStorage
+    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = f"1.2.3.{number}"
+    data.SOPClassUID, data.SeriesInstanceUID, data.InstanceNumber, data.ImagePositionPatient = CTImageStorage, "1.2.3", number, [0, 0, number]
+    data.Rows, data.Columns, data.SamplesPerPixel, data.PhotometricInterpretation = *grey.shape, 1, "MONOCHROME2"
+    data.BitsAllocated = data.BitsStored = 8
+    data.HighBit, data.PixelRepresentation, data.PixelData = 7, 0, grey.tobytes()
+    data.save_as(path, enforce_file_format=True)
+
+
+def test_what_is_no_single_picture(made: Path, tmp_path: Path, eq: Say) -> None:
+    "The three verbs agree: the slices of a series are pictures, whatever they are called, an OME-Zarr is one, and planes that were not looked at are told."
+    import zarr
+
+    axes = [{"name": a, "type": "space", "unit": "micrometer"} for a in "yx"]
+    sets = [{"path": "0", "coordinateTransformations": [{"type": "scale", "scale": [0.25, 0.25]}]}]
+    group = zarr.open_group(str(tmp_path / "x.zarr"), mode="w", zarr_format=3, attributes={"ome": {"version": "0.5", "multiscales": [{"axes": axes, "datasets": sets}]}})
+    rng = np.random.default_rng(0)
+    greys = [rng.integers(0, 255, (64, 64), dtype=np.uint8) for _ in range(5)]
+    for i, name in enumerate(("IM1", "IM2", "3.dcm", "IM4", "IM5")):
+        write_slice(tmp_path / "ct" / name, greys[i], i)
+    PilImage.fromarray(greys[0]).save(tmp_path / "stack.tif", save_all=True, append_images=[PilImage.fromarray(g) for g in greys[1:3]])
+    group.create_array("0", shape=(64, 64), chunks=(64, 64), dtype="uint8")[:] = greys[3]
+    given = (tmp_path / "ct", tmp_path / "stack.tif", tmp_path / "x.zarr")
+    for verb, table in (("predict", ""), ("explain", "scores.csv"), ("embed", "embedding.csv")):
+        code, said = eq(verb, *given, "--model", made / "model", *([] if verb == "embed" else ["--no-gate"]), "--out", tmp_path / verb)
+        assert code == 0 and "7 done" in said and "2 of 3 planes were not looked at" in said, said
+        rows = pd.read_csv(tmp_path / verb / table if table else tmp_path / verb).set_index("image")
+        assert {Path(p).name for p in rows.index} == {"IM1", "IM2", "3.dcm", "IM4", "IM5", "stack.tif", "x.zarr"}
+        assert "2 of 3 planes" in str(rows["note"][str(tmp_path / "stack.tif")]), rows["note"]
+
+
+def test_predict_to_a_file_names_what_it_did_not_do(made: Path, tmp_path: Path, eq: Say) -> None:
+    bad, black = made / "set/Tumor/Tumor- (99).jpg", tmp_path / "black.png"
+    PilImage.fromarray(np.zeros((64, 64), np.uint8)).save(black)
+    code, said = eq("predict", bad, made / "set/Tumor/Tumor- (1).png", "--model", made / "model", "--out", tmp_path / "p.csv")
+    assert code == 1 and f"failed: {bad}" in said and "1 done, 1 failed" in said.replace("1 failed, 1 done", "1 done, 1 failed"), said
+    (tmp_path / "nothing").mkdir()
+    code, said = eq("predict", made / "set/Normal", tmp_path / "nothing", "--model", made / "model", "--out", tmp_path / "p.csv")
+    assert code == 2 and f"no image in {tmp_path / 'nothing'}" in said, said
+
+
+def test_embed_lists_what_no_reader_takes(made: Path, tmp_path: Path, eq: Say) -> None:
+    for i in range(6):
+        (tmp_path / "in" / "Normal").mkdir(parents=True, exist_ok=True)
+        shutil.copy(made / "set" / "Normal" / f"Normal- ({i}).png", tmp_path / "in" / "Normal")
+    for name in ("a.bmp", "b.webp"):
+        (tmp_path / "in" / "Normal" / name).write_bytes(b"x")
+    write_slice(tmp_path / "in" / "Normal" / "IM1", np.zeros((64, 64), np.uint8), 1)
+    code, said = eq("embed", tmp_path / "in", "--model", made / "model", "--out", tmp_path / "alike")
+    assert code == 0 and "6 done, 3 left out" in said and "add .dcm" in said and ".webp is not read" in said, said
+    table = pd.read_csv(tmp_path / "alike" / "embedding.csv")
+    assert [Path(p).name for p in table["image"][table["status"] == "left out"]] == ["IM1", "a.bmp", "b.webp"]
+
+
 def test_embed_a_folder_of_classes(made: Path, tmp_path: Path, eq: Say) -> None:
     "Two unbroken runs a class, one of them longer than a block: no neighbour comes from the picture's own run, though its blocks touch."
     for label in ("Normal", "Tumor"):
@@ -131,7 +193,7 @@ WRONG = {
     "layout": (["embed", "{set}", "--model", "{model}", "--method", "tsen"], "did you mean 'tsne'?"),
     "dimensions": (["embed", "{set}", "--model", "{model}", "--dims", "4"], "valid: 2 or 3"),
     "too few": (["embed", "{one}", "--model", "{model}"], "an embedding needs 5"),
-    "embed what": (["embed", "{model}", "--model", "{model}"], "no image was found"),
+    "embed what": (["embed", "{model}", "--model", "{model}"], "no image in"),
     "format": (["export", "--model", "{model}", "--format", "onx"], "did you mean 'onnx'?"),
     "export on what": (["export", "--model", "{model}", "--format", "onnx"], "--images FOLDER"),
     "steps": (["rate", "--steps", "3"], "10 steps or more"),

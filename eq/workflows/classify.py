@@ -7,7 +7,6 @@ __all__ = ['app', 'classify', 'ingest_images', 'prepare_model', 'train_model', '
            'explain_images', 'embed_images', 'export_network', 'learning_rate', 'describe_model']
 
 # %% ../../nbs/73e_workflows.classify.ipynb #51860897
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,10 +92,14 @@ def evaluate_model() -> None:
     typer.echo(str(placed(config.paths.scores)))
 
 # %% ../../nbs/73e_workflows.classify.ipynb #f37d9398
-def _tell(table: Any, statuses: Sequence[str]) -> None:
-    "What did not become a result, one line each."
-    for row in [r for r in table.to_dict("records") if r["status"] in statuses]:
+def _told(table: Any, where: Path | None) -> None:
+    "What did not become a result or only a part of one, counts, and where the results are; exit status 1 when a file failed."
+    for row in [r for r in table.to_dict("records") if r["status"] != "done" or r["note"]]:
         typer.echo(f"{row['status']}: {named_once(row['image'], row['note'])}", err=True)
+    counts = table["status"].value_counts()
+    typer.echo(", ".join(f"{n} {status}" for status, n in counts.items()) + (f"\n{where}" if where else ""))
+    if counts.get("failed", 0):
+        raise typer.Exit(1)
 
 
 @app.command("predict", epilog="Example: eq classify predict slices/*.jpg --model outputs/classify/model --out predictions.csv")
@@ -111,40 +114,23 @@ def predict_images(
     import pandas as pd
 
     from eq.core.files import atomic_write
-    from eq.data.formats import find_images
-    from eq.data.listing import Listing, left_out
+    from eq.data.listing import list_pictures
     from eq.inference.classify import Classifier, Ensemble, predict_files
     from eq.inference.picture_gate import load_picture_gate
 
     networks = [Classifier.from_checkpoint(m) for m in model]
-    folders = [given for given in images if given.is_dir()]  # every slice of a DICOM series is a picture here
-    paths = [p for given in images for p in (find_images(given) if given in folders else [given])]
-    listing = Listing(tuple(paths), {p: why for folder in folders for p, why in left_out(folder).items() if p not in images})
+    listing = list_pictures(images)
     doorkeeper = load_picture_gate(model[0], classifier=networks[0]) if gate else None
     table = predict_files(networks[0] if len(networks) == 1 else Ensemble(networks), listing.images, doorkeeper, tta)
     table = pd.concat([table, pd.DataFrame(listing.rows(), columns=["image", "status", "note"])]) if listing.left_out else table
-    _tell(table, ("left out",))
-    _tell(table[table["note"] != ""], ("done",))
     if out is None:
         typer.echo(table.to_string(index=False))
     else:
         with atomic_write(out) as temp:
             table.to_csv(temp, index=False)
-    counts = table["status"].value_counts()
-    typer.echo(", ".join(f"{n} {status}" for status, n in counts.items()) + (f"\n{out}" if out else ""))
-    if counts.get("failed", 0):
-        raise typer.Exit(1)
+    _told(table, out)
 
 # %% ../../nbs/73e_workflows.classify.ipynb #9e26cfd2
-def _told(table: Any, page: Path) -> None:
-    "Bad files, counts, and where the page is; exit status 1 when a file failed."
-    _tell(table, [s for s in table["status"].unique() if s != "done"])
-    counts = table["status"].value_counts()
-    typer.echo(", ".join(f"{n} {status}" for status, n in counts.items()) + f"\n{page}")
-    if counts.get("failed", 0):
-        raise typer.Exit(1)
-
-
 @app.command("explain", epilog="Example: eq classify explain slices/*.jpg --model outputs/classify/model --method layercam --target Tumor --out outputs/maps")
 def explain_images(
     images: Annotated[list[Path], typer.Argument(help="Images, or folders of images")],  # What to explain

@@ -17,26 +17,32 @@ from tqdm.auto import tqdm
 from ..core.files import atomic_write
 from ..core.provenance import Run, start_run
 from ..core.registry import EqError
-from ..data.cohort import natural_key
-from ..data.formats import is_image_path, readable_suffixes
+from ..data.io import open_image
+from ..data.listing import list_pictures
 from ..data.source_classes import CT_BLOCK, unbroken_runs
 from ..data.split import contiguous_blocks, position
 from ..inference.classify import BATCH, DONE, FAILED, Classifier, read_for
 from ..inference.picture_features import embed_pictures
-from ..inference.project import FEWEST, Neighbours, chance_agreement, check_projection, cluster_stability, nearest_neighbours, neighbour_agreement, project
+from eq.inference.project import (
+    FEWEST,
+    Neighbours,
+    chance_agreement,
+    check_projection,
+    cluster_stability,
+    nearest_neighbours,
+    neighbour_agreement,
+    project,
+)
 from ..models.checkpoint import META, WEIGHTS, checkpoint_folder
 from ..reporting.embedding_page import Points, write_embedding_page, write_embedding_png
 from ..reporting.plotly_page import plotly_objects
 
 # %% ../../nbs/73ga_workflows.classify_alike.ipynb #a5ca6f8c
 def picture_table(
-    given: Iterable[Path],  # Files, and folders that are searched to the bottom
-) -> pd.DataFrame:  # image, name, label, block, run, unit (what no neighbour is taken from); sorted within each folder
-    "Pictures with the class that their folder names. Raises EqError when there is none."
-    files = [p for path in given for p in (sorted((q for q in path.rglob("*") if is_image_path(q)), key=lambda q: natural_key(str(q))) if path.is_dir() else [path])]
-    paths = list(dict.fromkeys(p.absolute() for p in files))
-    if not paths:
-        raise EqError(f"no image was found; readable are {readable_suffixes()}")
+    pictures: Iterable[Path],  # From `list_pictures`
+) -> pd.DataFrame:  # image, name, label, block, run, unit (what no neighbour is taken from)
+    "Pictures with the class that their folder names."
+    paths = list(dict.fromkeys(p.absolute() for p in pictures))
     folders, labels = [str(p.parent) for p in paths], [p.parent.name for p in paths]
     table = pd.DataFrame({"image": [str(p) for p in paths], "name": [f"{p.parent.name}/{p.name}" for p in paths], "label": labels})
     table["block"], table["run"] = table["image"], labels
@@ -69,7 +75,7 @@ def embed_files(
     table: pd.DataFrame,  # From `picture_table`
     classifier: Classifier,  # Its last feature map is averaged over the picture
     quiet: bool = False,  # No progress bar
-) -> tuple[pd.DataFrame, np.ndarray, dict[str, str]]:  # Rows that could be read, (N, D) float32, file -> why it could not be read
+) -> tuple[pd.DataFrame, np.ndarray, dict[str, str]]:  # Rows that could be read and notes of their planes, (N, D) float32, file -> why it could not be read
     "Features of every picture. Raises EqError when fewer than five can be read."
     skipped: dict[str, str] = {}
     parts = list(_read_in_parts(table, classifier, skipped, quiet))
@@ -77,7 +83,8 @@ def embed_files(
     if len(rows) < FEWEST:
         why = "".join(f"; {path}: {reason}" for path, reason in list(skipped.items())[:1])
         raise EqError(f"{len(rows)} of {len(table)} pictures could be read, an embedding needs {FEWEST}{why}")
-    return table.iloc[rows].reset_index(drop=True), np.concatenate([features for _, features in parts]), skipped
+    read = table.iloc[rows].reset_index(drop=True)
+    return read.assign(note=[open_image(path).plane_note for path in read["image"]]), np.concatenate([features for _, features in parts]), skipped
 
 # %% ../../nbs/73ga_workflows.classify_alike.ipynb #f995706e
 @dataclass(frozen=True)
@@ -134,7 +141,7 @@ def alike_notes(
     found: Neighbours,  # Of the same pictures
 ) -> tuple[tuple[str, ...], np.ndarray]:  # Sentences, and the cluster of each picture
     "Whether neighbours share the class and whether clusters hold."
-    blocks, labels = rows["block"], rows["label"].to_numpy()
+    blocks = rows["block"]
     unit = "block" if len(set(blocks)) < len(rows) else "picture"
     held = cluster_stability(features, units=blocks.tolist())
     few = f"; {held.units} {unit}s are too few to tell" if held.units < 2 * FEWEST else ""
@@ -155,16 +162,16 @@ def _write(run: Run, request: EmbedRequest, rows: pd.DataFrame, at: np.ndarray, 
 
 def embed_folder(
     request: EmbedRequest,  # What to embed with what
-) -> Alike:  # Its table has one row a picture, also of those that failed
+) -> Alike:  # Its table has one row a picture, also of those that failed or were left out
     "Features of pictures as a map, a table of neighbours and the stability of clusters. Raises EqError for what cannot be used."
     plotly_objects("embed")
-    given, folder = picture_table(request.images), checkpoint_folder(request.model)
+    listing, folder = list_pictures(request.images, request.out, below=True), checkpoint_folder(request.model)
     classifier = Classifier.from_checkpoint(folder)
     params = {"method": request.method, "dims": request.dims, "neighbours": request.neighbours}
     with start_run("classify-embed", request.out, params) as run:
         for part in (WEIGHTS, META):
             run.add_input(folder / part)
-        rows, features, skipped = embed_files(given, classifier, request.quiet)
+        rows, features, skipped = embed_files(picture_table(listing.images), classifier, request.quiet)
         for path in rows["image"]:
             run.add_input(path)
         found = nearest_neighbours(features, request.neighbours, rows["unit"].tolist())
@@ -172,8 +179,8 @@ def embed_folder(
         at = project(features, request.method, request.dims)
         page = _write(run, request, rows, at, notes)
         places = {axis: at[:, i] for i, axis in enumerate("xyz"[: request.dims])}
-        bad = pd.DataFrame({"image": list(skipped), "status": FAILED, "note": list(skipped.values())})
-        table = pd.concat([rows.assign(status=DONE, cluster=clusters, **places), bad], ignore_index=True)
+        bad = [{"image": path, "status": FAILED, "note": why} for path, why in skipped.items()]
+        table = pd.concat([rows.assign(status=DONE, cluster=clusters, **places), pd.DataFrame([*bad, *listing.rows()])], ignore_index=True)
         for name, content in (("embedding.csv", table), ("neighbours.csv", neighbour_table(rows, found))):
             with atomic_write(run.dir / name) as temp:
                 content.to_csv(temp, index=False)

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from ..core.files import atomic_write
 from ..core.provenance import Run, start_run
 from ..core.registry import EqError, named_once, unknown_name
-from ..data.listing import list_images
+from ..data.io import open_image
+from ..data.listing import list_pictures
 from ..inference.classify import DONE, FAILED, REFUSED, Classifier, read_for
 from ..inference.explain import METHODS, explain
 from ..inference.explain_score import score_map
@@ -119,7 +120,8 @@ def _one(desk: Desk, path: Path, name: str) -> tuple[dict[str, Any], Exhibit | N
         return {**row, "status": FAILED, "note": str(error)}, None
     e, scores = exhibit.explanation, exhibit.scores
     desk.run.log.info(f"{path.name}: {e.label} {100 * e.probability:.1f} %", scores=str(scores).replace("\n", "; "))
-    return {**row, "status": DONE, "note": e.flat, **scores_row(exhibit)}, exhibit
+    note = "; ".join(filter(None, (open_image(path).plane_note, e.flat)))
+    return {**row, "status": DONE, "note": note, **scores_row(exhibit)}, exhibit
 
 
 def _page(desk: Desk, exhibits: Sequence[Exhibit], table: pd.DataFrame) -> Path:
@@ -140,7 +142,7 @@ def explain_pictures(
 ) -> Looked:  # Also when pictures failed; look at `status`
     "Maps with scores on one page. Raises EqError for a checkpoint, a class or a folder that cannot be used, and when no picture could be explained."
     plotly_objects()
-    listing, folder = list_images(request.images, request.out), checkpoint_folder(request.model)
+    listing, folder = list_pictures(request.images, request.out), checkpoint_folder(request.model)
     paths = listing.images
     classifier = Classifier.from_checkpoint(folder)
     target_of(classifier, request.target)
