@@ -64,7 +64,7 @@ def pipeline(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_explain_does_the_good_and_lists_the_bad(made: Path, tmp_path: Path, eq: Say) -> None:
     one, two, bad = made / "set/Normal/Normal- (1).png", made / "set/Tumor/Tumor- (1).png", made / "set/Tumor/Tumor- (99).jpg"
     code, said = eq("explain", one, two, bad, "--model", made / "model", "--method", "layercam", "--target", "Tumor", "--out", tmp_path / "maps")
-    assert code == 1 and f"failed: {bad}" in said and "2 done, 1 failed" in said and str(tmp_path / "maps" / "index.html") in said, said
+    assert code == 1 and f"failed: {bad}" in said and "2 done, 1 failed" in said and said.count("are not refused") == 1 and str(tmp_path / "maps" / "index.html") in said, said
     files = {p.name for p in (tmp_path / "maps").iterdir()}
     assert {f"{name}{end}" for name in ("Normal- (1)", "Tumor- (1)") for end in (".png", ".svg", "_surface.html")} <= files
     scores = pd.read_csv(tmp_path / "maps" / "scores.csv")
@@ -127,13 +127,56 @@ def test_what_is_no_single_picture(made: Path, tmp_path: Path, eq: Say) -> None:
 
 
 def test_predict_to_a_file_names_what_it_did_not_do(made: Path, tmp_path: Path, eq: Say) -> None:
-    bad, black = made / "set/Tumor/Tumor- (99).jpg", tmp_path / "black.png"
-    PilImage.fromarray(np.zeros((64, 64), np.uint8)).save(black)
+    bad = made / "set/Tumor/Tumor- (99).jpg"
     code, said = eq("predict", bad, made / "set/Tumor/Tumor- (1).png", "--model", made / "model", "--out", tmp_path / "p.csv")
     assert code == 1 and f"failed: {bad}" in said and "1 done, 1 failed" in said.replace("1 failed, 1 done", "1 done, 1 failed"), said
     (tmp_path / "nothing").mkdir()
     code, said = eq("predict", made / "set/Normal", tmp_path / "nothing", "--model", made / "model", "--out", tmp_path / "p.csv")
     assert code == 2 and f"no image in {tmp_path / 'nothing'}" in said, said
+
+
+def test_a_gate_that_cannot_refuse_is_told_and_every_gate_is_asked(made: Path, tmp_path: Path, eq: Say) -> None:
+    from eq.data.pictures import Pictures
+    from eq.inference.picture_gate import fit_picture_gate
+
+    one, rng = made / "set/Tumor/Tumor- (1).png", np.random.default_rng(0)
+    code, said = eq("predict", one, "--model", made / "model", "--out", tmp_path / "p.csv")
+    assert code == 0 and said.count("warning: pictures unlike the training pictures are not refused") == 1 and "model has no picture_gate.json" in said, said
+    assert "are not refused" in pd.read_csv(tmp_path / "p.csv")["note"][0] and "done: " not in said
+    assert "warning" not in eq("predict", one, "--model", made / "model", "--no-gate", "--out", tmp_path / "p.csv")[1]
+    shutil.copytree(made / "model", tmp_path / "gated")
+    dark = np.clip(rng.normal(60, 15, (30, 64, 64, 3)), 0, 255).astype(np.uint8)
+    fit_picture_gate(tmp_path / "gated", Pictures(dark, np.arange(30) % 2, ("Normal", "Tumor"), ("x",) * 30, tuple(map(str, range(30))), {}), device="cpu")
+    PilImage.fromarray(np.kron([[0, 255], [255, 0]], np.ones((32, 32))).astype(np.uint8)).save(tmp_path / "board.png")
+    for models in (("gated",), ("bare", "gated"), ("gated", "bare")):
+        named = [x for m in models for x in ("--model", tmp_path / "gated" if m == "gated" else made / "model")]
+        code, said = eq("predict", tmp_path / "board.png", *named, "--out", tmp_path / "p.csv")
+        assert code == 0 and f"refused: {tmp_path / 'board.png'}: unlike the training pictures" in said and "1 refused" in said and "warning" not in said, said
+
+
+def test_predict_says_what_an_image_takes(made: Path, tmp_path: Path, eq: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    import re
+    import time
+
+    from eq.data.pictures import read_picture
+
+    monkeypatch.setattr("eq.inference.classify.read_picture", lambda *a: (time.sleep(0.5), read_picture(*a))[1])
+    code, said = eq("predict", made / "set/Tumor/Tumor- (1).png", "--model", made / "model", "--no-gate", "--out", tmp_path / "p.csv")
+    found = re.search(r"an image took ([\d.]+) ms in the network alone \(batch size 1\), ([\d.]+) ms with reading", said)
+    assert code == 0 and found and float(found[1]) > 0 and float(found[2]) >= 500, said  # reading counts
+
+
+def test_explain_takes_kidney_masks(made: Path, tmp_path: Path, eq: Say) -> None:
+    one, two = made / "set/Normal/Normal- (1).png", made / "set/Tumor/Tumor- (1).png"
+    (tmp_path / "masks").mkdir()
+    PilImage.fromarray(np.full((40, 40), 255, np.uint8)).save(tmp_path / "masks" / "Normal- (1).png")
+    code, said = eq("explain", one, two, "--model", made / "model", "--kidney", tmp_path / "masks", "--out", tmp_path / "maps")
+    assert code == 0 and "2 done" in said, said
+    scores = pd.read_csv(tmp_path / "maps" / "scores.csv")
+    assert scores["share_kidney"][0] == pytest.approx(1) and np.isnan(scores["share_kidney"][1]) and scores["kidney"][1] == "no mask of this name"
+    assert main(["verify", str(tmp_path / "maps")]) == 0
+    code, said = eq("explain", one, "--model", made / "model", "--kidney", tmp_path, "--out", tmp_path / "none")
+    assert code == 2 and "has the name of a picture" in said, said
 
 
 def test_embed_lists_what_no_reader_takes(made: Path, tmp_path: Path, eq: Say) -> None:
