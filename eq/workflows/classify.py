@@ -144,7 +144,7 @@ def predict_images(
     else:
         with atomic_write(out) as temp:
             table.to_csv(temp, index=False)
-    if (table["status"] == DONE).any():
+    if DONE in set(table["status"]):
         typer.echo(_took(network, tta, took))
     _told(table, out, warning)
 

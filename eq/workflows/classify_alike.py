@@ -131,7 +131,7 @@ def _neighbour_note(rows: pd.DataFrame, found: Neighbours) -> str:
     if share != share:
         return "neighbours: there is one run only, and slices of one unbroken run do not count as neighbours"
     alone = " (no class has a second run)" if not chance else ""
-    apart = "; slices of the same unbroken run are left out" if units.nunique() < len(rows) else ""
+    apart = "; slices of the same unbroken run are left out" if len(set(units)) < len(rows) else ""
     return f"neighbours: {100 * share:.0f} % have the class of the picture, {100 * chance:.0f} % would by chance{alone}{apart}"
 
 
