@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['BANK', 'REFERENCE', 'MOST_PICTURES', 'FEW_UNITS', 'PictureReference', 'is_blank', 'PictureGate', 'gate_layers',
-           'fit_picture_gate', 'load_picture_gate']
+           'fit_picture_gate', 'load_picture_gate', 'PictureGates', 'load_picture_gates']
 
 # %% ../../nbs/45c_inference.picture_gate.ipynb #c882e0e8
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,3 +150,36 @@ def load_picture_gate(
     if reference.weights_sha256 != classifier.meta.weights_sha256:
         raise EqError(f"{folder / REFERENCE} was made for other weights than lie beside it; fit the gate again, or remove {REFERENCE}")
     return PictureGate(reference, classifier, load_bank(folder / BANK, reference.bank_sha256))
+
+
+@dataclass(frozen=True)
+class PictureGates:
+    "The gates of several networks as one."
+
+    members: tuple[PictureGate, ...]  # Of the networks that have one
+    warning: str  # Why no stranger is refused; empty where some gate can refuse one
+
+    def refusals(
+        self,
+        images: np.ndarray,  # (N, side, side, 3) uint8
+    ) -> list[str]:  # One a picture: the first reason of any gate, empty when all let it in
+        "What must not be classified: refused by any is refused."
+        said = [gate.refusals(images) for gate in self.members]
+        return [next((why for gate in said if (why := gate[i])), "") for i in range(len(images))]
+
+
+def load_picture_gates(
+    checkpoints: Sequence[Path | str],  # Checkpoint folders, or files in them
+    classifiers: Sequence[Classifier],  # Of the same checkpoints
+) -> PictureGates:  # To be asked as one
+    "Every gate that there is, and a warning where none of them can refuse a stranger. Raises EqError as `load_picture_gate` does."
+    found, missing = list[PictureGate](), list[str]()
+    for checkpoint, classifier in zip(checkpoints, classifiers, strict=True):
+        gate = load_picture_gate(checkpoint, classifier=classifier)
+        found += [] if gate is None else [gate]
+        if gate is None:
+            missing.append(f"{checkpoint_folder(checkpoint)} has no {REFERENCE}")
+        elif gate.reference.refuse is None:
+            missing.append(f"the gate of {checkpoint_folder(checkpoint)} knows {gate.reference.pictures} training pictures, too few for a limit")
+    warning = f"pictures unlike the training pictures are not refused: {'; '.join(missing)}" if len(missing) == len(checkpoints) else ""
+    return PictureGates(tuple(found), warning)

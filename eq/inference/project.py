@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Projection', 'PROJECTIONS', 'PACKAGES', 'FEWEST', 'METRICS', 'checked_embeddings', 'check_projection', 'project',
            'project_pca', 'project_tsne', 'project_umap', 'Neighbours', 'nearest_neighbours', 'neighbour_agreement',
-           'Stability', 'cluster_stability']
+           'chance_agreement', 'Stability', 'cluster_stability']
 
 # %% ../../nbs/46b_inference.project.ipynb #f1f3a1a2
 import importlib.util
@@ -157,6 +157,24 @@ def neighbour_agreement(
     own = np.asarray(labels)
     there = neighbours.index >= 0
     return float((own[neighbours.index] == own[:, None])[there].mean()) if there.any() else float("nan")
+
+
+def _alike(codes: np.ndarray) -> np.ndarray:
+    "How many have the code of each."
+    _, at, sizes = np.unique(codes, return_inverse=True, return_counts=True)
+    return sizes[at]
+
+
+def chance_agreement(
+    neighbours: Neighbours,  # From `nearest_neighbours`
+    labels: Sequence[int] | np.ndarray,  # Class of each image
+    units: Sequence[str] | None = None,  # As `nearest_neighbours` was given them
+) -> float:  # NaN without any hit
+    "What `neighbour_agreement` would be if hits were drawn at random from all that may be one: images of other units."
+    own = np.unique(np.asarray(labels), return_inverse=True)[1]
+    codes = np.arange(len(own)) if units is None else np.unique(np.asarray(units, dtype=str), return_inverse=True)[1]
+    same, left, hits = _alike(own) - _alike(own * len(own) + codes), len(own) - _alike(codes), (neighbours.index >= 0).sum(1)
+    return float(np.average(same / np.maximum(left, 1), weights=hits)) if hits.any() else float("nan")
 
 # %% ../../nbs/46b_inference.project.ipynb #a6fbd2f1
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ __all__ = ['app', 'classify', 'ingest_images', 'prepare_model', 'train_model', '
            'explain_images', 'embed_images', 'export_network', 'learning_rate', 'describe_model']
 
 # %% ../../nbs/73e_workflows.classify.ipynb #51860897
-from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated, Any
 
 import typer
@@ -93,10 +93,26 @@ def evaluate_model() -> None:
     typer.echo(str(placed(config.paths.scores)))
 
 # %% ../../nbs/73e_workflows.classify.ipynb #f37d9398
-def _tell(table: Any, statuses: Sequence[str]) -> None:
-    "What did not become a result, one line each."
-    for row in [r for r in table.to_dict("records") if r["status"] in statuses]:
-        typer.echo(f"{row['status']}: {named_once(row['image'], row['note'])}", err=True)
+def _told(table: Any, where: Path | None, warning: str = "") -> None:
+    "What did not become a result or only a part of one, counts, and where the results are; exit status 1 when a file failed."
+    if warning:  # once, though the note of every picture holds it
+        typer.echo(f"warning: {warning}", err=True)
+    for row in table.to_dict("records"):
+        note = row["note"].removesuffix(warning).removesuffix("; ")
+        if row["status"] != "done" or note:
+            typer.echo(f"{row['status']}: {named_once(row['image'], note)}", err=True)
+    counts = table["status"].value_counts()
+    typer.echo(", ".join(f"{n} {status}" for status, n in counts.items()) + (f"\n{where}" if where else ""))
+    if counts.get("failed", 0):
+        raise typer.Exit(1)
+
+
+def _took(network: Any, tta: str, whole_ms: float) -> str:
+    "Latency in one line: the column `ms` knows neither reading nor gate."
+    from eq.inference.latency import measure_latency
+
+    alone = measure_latency(network, runs=3, warm_up=1, tta=tta)
+    return f"an image took {alone.ms:.1f} ms in the network alone (batch size 1), {whole_ms:.1f} ms with reading, gate and warming up (all files)"
 
 
 @app.command("predict", epilog="Example: eq classify predict slices/*.jpg --model outputs/classify/model --out predictions.csv")
@@ -111,40 +127,28 @@ def predict_images(
     import pandas as pd
 
     from eq.core.files import atomic_write
-    from eq.data.formats import find_images
-    from eq.data.listing import Listing, left_out
-    from eq.inference.classify import Classifier, Ensemble, predict_files
-    from eq.inference.picture_gate import load_picture_gate
+    from eq.data.listing import list_pictures
+    from eq.inference.classify import DONE, Classifier, Ensemble, predict_files
+    from eq.inference.picture_gate import load_picture_gates
 
     networks = [Classifier.from_checkpoint(m) for m in model]
-    folders = [given for given in images if given.is_dir()]  # every slice of a DICOM series is a picture here
-    paths = [p for given in images for p in (find_images(given) if given in folders else [given])]
-    listing = Listing(tuple(paths), {p: why for folder in folders for p, why in left_out(folder).items() if p not in images})
-    doorkeeper = load_picture_gate(model[0], classifier=networks[0]) if gate else None
-    table = predict_files(networks[0] if len(networks) == 1 else Ensemble(networks), listing.images, doorkeeper, tta)
-    table = pd.concat([table, pd.DataFrame(listing.rows(), columns=["image", "status", "note"])]) if listing.left_out else table
-    _tell(table, ("left out",))
-    _tell(table[table["note"] != ""], ("done",))
+    network = networks[0] if len(networks) == 1 else Ensemble(networks)
+    listing, gates = list_pictures(images), load_picture_gates(model, networks) if gate else None
+    warning, began = gates.warning if gates else "", perf_counter()
+    table = predict_files(network, listing.images, gates, tta)
+    took = 1000 * (perf_counter() - began) / len(table)
+    notes = ["; ".join(filter(None, (note, warning))) if status == DONE else note for note, status in zip(table["note"], table["status"], strict=True)]
+    table = pd.concat([table.assign(note=notes), *([pd.DataFrame(listing.rows())] if listing.left_out else [])])
     if out is None:
         typer.echo(table.to_string(index=False))
     else:
         with atomic_write(out) as temp:
             table.to_csv(temp, index=False)
-    counts = table["status"].value_counts()
-    typer.echo(", ".join(f"{n} {status}" for status, n in counts.items()) + (f"\n{out}" if out else ""))
-    if counts.get("failed", 0):
-        raise typer.Exit(1)
+    if DONE in set(table["status"]):
+        typer.echo(_took(network, tta, took))
+    _told(table, out, warning)
 
 # %% ../../nbs/73e_workflows.classify.ipynb #9e26cfd2
-def _told(table: Any, page: Path) -> None:
-    "Bad files, counts, and where the page is; exit status 1 when a file failed."
-    _tell(table, [s for s in table["status"].unique() if s != "done"])
-    counts = table["status"].value_counts()
-    typer.echo(", ".join(f"{n} {status}" for status, n in counts.items()) + f"\n{page}")
-    if counts.get("failed", 0):
-        raise typer.Exit(1)
-
-
 @app.command("explain", epilog="Example: eq classify explain slices/*.jpg --model outputs/classify/model --method layercam --target Tumor --out outputs/maps")
 def explain_images(
     images: Annotated[list[Path], typer.Argument(help="Images, or folders of images")],  # What to explain
@@ -153,12 +157,14 @@ def explain_images(
     method: Annotated[str, typer.Option(help="gradcam, gradcam++, smoothgradcam++ or layercam")] = "gradcam",  # How
     target: Annotated[str | None, typer.Option(help="Class to explain [default: the one that each picture is given]")] = None,  # What for
     gate: Annotated[bool, typer.Option("--gate/--no-gate", help="Refuse pictures unlike those the network was trained on")] = True,  # Out-of-domain gate
+    kidney: Annotated[Path | None, typer.Option(help="Folder of kidney masks, named as the pictures: tells the share of each map in the kidney")] = None,  # Masks
+    coding: Annotated[str, typer.Option(help="How the kidney masks are coded: grey127, red127, label, instances or glom_viable_sclerosed")] = "grey127",  # Of masks
 ) -> None:
     "Show where the network looked: overlays, surfaces and one page, each map with the checks that say whether to believe it."
     from eq.workflows.classify_look import ExplainRequest, explain_pictures
 
-    looked = explain_pictures(ExplainRequest(tuple(images), model, out, method, target, gate))
-    _told(looked.table, looked.page)
+    looked = explain_pictures(ExplainRequest(tuple(images), model, out, method, target, gate, kidney=kidney, coding=coding))
+    _told(looked.table, looked.page, looked.warning)
 
 
 @app.command("embed", epilog="Example: eq classify embed images/ --model outputs/classify/model --method umap --dims 3 --out outputs/alike")

@@ -17,26 +17,32 @@ from tqdm.auto import tqdm
 from ..core.files import atomic_write
 from ..core.provenance import Run, start_run
 from ..core.registry import EqError
-from ..data.cohort import natural_key
-from ..data.formats import is_image_path, readable_suffixes
+from ..data.io import open_image
+from ..data.listing import list_pictures
 from ..data.source_classes import CT_BLOCK, unbroken_runs
 from ..data.split import contiguous_blocks, position
 from ..inference.classify import BATCH, DONE, FAILED, Classifier, read_for
 from ..inference.picture_features import embed_pictures
-from ..inference.project import FEWEST, Neighbours, check_projection, cluster_stability, nearest_neighbours, neighbour_agreement, project
+from eq.inference.project import (
+    FEWEST,
+    Neighbours,
+    chance_agreement,
+    check_projection,
+    cluster_stability,
+    nearest_neighbours,
+    neighbour_agreement,
+    project,
+)
 from ..models.checkpoint import META, WEIGHTS, checkpoint_folder
 from ..reporting.embedding_page import Points, write_embedding_page, write_embedding_png
 from ..reporting.plotly_page import plotly_objects
 
 # %% ../../nbs/73ga_workflows.classify_alike.ipynb #a5ca6f8c
 def picture_table(
-    given: Iterable[Path],  # Files, and folders that are searched to the bottom
-) -> pd.DataFrame:  # image, name, label, block, run; sorted within each folder
-    "Pictures with the class that their folder names. Raises EqError when there is none."
-    files = [p for path in given for p in (sorted((q for q in path.rglob("*") if is_image_path(q)), key=lambda q: natural_key(str(q))) if path.is_dir() else [path])]
-    paths = list(dict.fromkeys(p.absolute() for p in files))
-    if not paths:
-        raise EqError(f"no image was found; readable are {readable_suffixes()}")
+    pictures: Iterable[Path],  # From `list_pictures`
+) -> pd.DataFrame:  # image, name, label, block, run, unit (what no neighbour is taken from)
+    "Pictures with the class that their folder names."
+    paths = list(dict.fromkeys(p.absolute() for p in pictures))
     folders, labels = [str(p.parent) for p in paths], [p.parent.name for p in paths]
     table = pd.DataFrame({"image": [str(p) for p in paths], "name": [f"{p.parent.name}/{p.name}" for p in paths], "label": labels})
     table["block"], table["run"] = table["image"], labels
@@ -45,7 +51,7 @@ def picture_table(
     if numbered:
         numbers = [str(position(paths[i].stem)) for i in numbered]
         table.loc[numbered, "block"], table.loc[numbered, "run"] = contiguous_blocks(numbers, series, CT_BLOCK), unbroken_runs(numbers, series)
-    return table
+    return table.assign(unit=np.where(table.index.isin(numbered), table["run"], table["image"]))
 
 
 def _read_in_parts(table: pd.DataFrame, classifier: Classifier, skipped: dict[str, str], quiet: bool) -> Iterator[tuple[list[int], np.ndarray]]:
@@ -69,7 +75,7 @@ def embed_files(
     table: pd.DataFrame,  # From `picture_table`
     classifier: Classifier,  # Its last feature map is averaged over the picture
     quiet: bool = False,  # No progress bar
-) -> tuple[pd.DataFrame, np.ndarray, dict[str, str]]:  # Rows that could be read, (N, D) float32, file -> why it could not be read
+) -> tuple[pd.DataFrame, np.ndarray, dict[str, str]]:  # Rows that could be read and notes of their planes, (N, D) float32, file -> why it could not be read
     "Features of every picture. Raises EqError when fewer than five can be read."
     skipped: dict[str, str] = {}
     parts = list(_read_in_parts(table, classifier, skipped, quiet))
@@ -77,7 +83,8 @@ def embed_files(
     if len(rows) < FEWEST:
         why = "".join(f"; {path}: {reason}" for path, reason in list(skipped.items())[:1])
         raise EqError(f"{len(rows)} of {len(table)} pictures could be read, an embedding needs {FEWEST}{why}")
-    return table.iloc[rows].reset_index(drop=True), np.concatenate([features for _, features in parts]), skipped
+    read = table.iloc[rows].reset_index(drop=True)
+    return read.assign(note=[open_image(path).plane_note for path in read["image"]]), np.concatenate([features for _, features in parts]), skipped
 
 # %% ../../nbs/73ga_workflows.classify_alike.ipynb #f995706e
 @dataclass(frozen=True)
@@ -117,23 +124,29 @@ def neighbour_table(
                          "cosine_distance": found.distance[at, rank]})
 
 
+def _neighbour_note(rows: pd.DataFrame, found: Neighbours) -> str:
+    "How often neighbours share the class, beside chance among those that were allowed."
+    labels, units = rows["label"].to_numpy(), rows["unit"]
+    share, chance = neighbour_agreement(found, labels), chance_agreement(found, labels, units.tolist())
+    if share != share:
+        return "neighbours: there is one run only, and slices of one unbroken run do not count as neighbours"
+    alone = " (no class has a second run)" if not chance else ""
+    apart = "; slices of the same unbroken run are left out" if len(set(units)) < len(rows) else ""
+    return f"neighbours: {100 * share:.0f} % have the class of the picture, {100 * chance:.0f} % would by chance{alone}{apart}"
+
+
 def alike_notes(
     rows: pd.DataFrame,  # From `embed_files`
     features: np.ndarray,  # (N, D)
     found: Neighbours,  # Of the same pictures
 ) -> tuple[tuple[str, ...], np.ndarray]:  # Sentences, and the cluster of each picture
     "Whether neighbours share the class and whether clusters hold."
-    blocks, labels = rows["block"], rows["label"].to_numpy()
+    blocks = rows["block"]
     unit = "block" if len(set(blocks)) < len(rows) else "picture"
-    shares = np.unique(labels, return_counts=True)[1] / len(labels)
-    chance, share = float((shares**2).sum()), neighbour_agreement(found, labels)
     held = cluster_stability(features, units=blocks.tolist())
-    first = f"neighbours: {100 * share:.0f} % have the class of the picture, {100 * chance:.0f} % would by chance"
-    if share != share:
-        first = "neighbours: there is one block only, and slices of one block do not count as neighbours"
     few = f"; {held.units} {unit}s are too few to tell" if held.units < 2 * FEWEST else ""
     second = f"clusters: {held.k} hold best when {held.units} {unit}s are drawn again, adjusted Rand index {held.rand:.2f} (lowest twentieth {held.low:.2f}){few}"
-    return (first + ("; slices of the same block are left out" if unit == "block" and share == share else ""), second), held.labels
+    return (_neighbour_note(rows, found), second), held.labels
 
 # %% ../../nbs/73ga_workflows.classify_alike.ipynb #48f949fa
 NAMES = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}  # as people write them
@@ -149,25 +162,25 @@ def _write(run: Run, request: EmbedRequest, rows: pd.DataFrame, at: np.ndarray, 
 
 def embed_folder(
     request: EmbedRequest,  # What to embed with what
-) -> Alike:  # Its table has one row a picture, also of those that failed
+) -> Alike:  # Its table has one row a picture, also of those that failed or were left out
     "Features of pictures as a map, a table of neighbours and the stability of clusters. Raises EqError for what cannot be used."
     plotly_objects("embed")
-    given, folder = picture_table(request.images), checkpoint_folder(request.model)
+    listing, folder = list_pictures(request.images, request.out, below=True), checkpoint_folder(request.model)
     classifier = Classifier.from_checkpoint(folder)
     params = {"method": request.method, "dims": request.dims, "neighbours": request.neighbours}
     with start_run("classify-embed", request.out, params) as run:
         for part in (WEIGHTS, META):
             run.add_input(folder / part)
-        rows, features, skipped = embed_files(given, classifier, request.quiet)
+        rows, features, skipped = embed_files(picture_table(listing.images), classifier, request.quiet)
         for path in rows["image"]:
             run.add_input(path)
-        found = nearest_neighbours(features, request.neighbours, rows["block"].tolist())
+        found = nearest_neighbours(features, request.neighbours, rows["unit"].tolist())
         notes, clusters = alike_notes(rows, features, found)
         at = project(features, request.method, request.dims)
         page = _write(run, request, rows, at, notes)
         places = {axis: at[:, i] for i, axis in enumerate("xyz"[: request.dims])}
-        bad = pd.DataFrame({"image": list(skipped), "status": FAILED, "note": list(skipped.values())})
-        table = pd.concat([rows.assign(status=DONE, cluster=clusters, **places), bad], ignore_index=True)
+        bad = [{"image": path, "status": FAILED, "note": why} for path, why in skipped.items()]
+        table = pd.concat([rows.assign(status=DONE, cluster=clusters, **places), pd.DataFrame([*bad, *listing.rows()])], ignore_index=True)
         for name, content in (("embedding.csv", table), ("neighbours.csv", neighbour_table(rows, found))):
             with atomic_write(run.dir / name) as temp:
                 content.to_csv(temp, index=False)

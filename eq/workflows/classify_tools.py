@@ -25,6 +25,8 @@ from ..core.registry import EqError, named_once, unknown_name
 from ..core.results import CheckpointMeta, Interval
 from ..data.leak_report import leak_verdict
 from ..data.leakage import check_leaks
+from ..data.listing import list_pictures
+from ..data.source_classes import CT_BLOCK
 from ..inference.classify import read_for
 from ..models.checkpoint import checkpoint_folder, read_meta
 from ..models.export import EXPORTS, Exported, export_formats, export_model, export_table
@@ -46,13 +48,35 @@ class Samples:
 
     compared: np.ndarray  # (N, side, side, 3) uint8
     calibration: np.ndarray | None  # (M, side, side, 3) uint8, None where there are too few for both
-    skipped: dict[str, str]  # file -> why it could not be read
+    skipped: dict[str, str]  # file -> why it could not be read, or was left out
+    note: str = ""  # What could not be kept apart
 
 
 def _evenly(paths: Sequence[str], most: int) -> list[str]:
     "Some of many, spread over all."
     kept = {round(i) for i in np.linspace(0, len(paths) - 1, min(most, len(paths)))}
     return [path for i, path in enumerate(paths) if i in kept]
+
+
+def _halves(rows: pd.DataFrame) -> tuple[list[str], list[str], str]:
+    "The pictures of one class, in order, as two halves that do not touch within a run; and why not, where they do."
+    paths, units, middle = rows["image"].tolist(), rows["unit"].tolist(), (len(rows) + 1) // 2
+    if middle == len(rows) or units[middle - 1] != units[middle]:
+        return paths[:middle], paths[middle:], ""
+    end, begin = middle - CT_BLOCK // 2, middle + CT_BLOCK - CT_BLOCK // 2
+    if end < 1 or begin >= len(paths):
+        short = f"{rows['label'].iloc[0]} has {len(paths)} pictures, too few for a gap of {CT_BLOCK}: ranges were measured on direct neighbours of those compared"
+        return paths[:middle], paths[middle:], short
+    return paths[:end], paths[begin:], ""
+
+
+def _of_folder(folder: Path, most: int, skipped: dict[str, str]) -> tuple[list[str], list[str], str]:
+    "Pictures to compare, pictures to calibrate on, and what could not be kept apart."
+    listing = list_pictures([folder], below=True)
+    skipped |= {str(path): why for path, why in listing.left_out.items()}
+    halves = [_halves(rows) for _, rows in picture_table(listing.images).groupby("label")]
+    compared, calibration = (_evenly([path for half in halves for path in half[i]], most) for i in (0, 1))
+    return compared, calibration, "; ".join(why for *_, why in halves if why)
 
 
 def _read(paths: Sequence[str], meta: CheckpointMeta, skipped: dict[str, str]) -> list[np.ndarray]:
@@ -73,17 +97,17 @@ def sample_pictures(
     "Pictures to compare and to calibrate on. Raises EqError where none can be read."
     skipped: dict[str, str] = {}
     if folder is not None:
-        paths = _evenly(picture_table([folder])["image"].tolist(), 2 * most)
-        kinds, hint = (paths[::2], paths[1::2]), f"no picture below {folder} can be read"
+        *kinds, note = _of_folder(folder, most, skipped)
+        hint = f"no picture below {folder} can be read"
     else:
         parts = meta.data.get("parts", {})
         here = {name: [str(p) for p in parts.get(name, ()) if Path(p).is_file()] for name in ("validate", "train")}
-        kinds = (_evenly(here["validate"], most), _evenly(here["train"], most))
+        kinds, note = [_evenly(here["validate"], most), _evenly(here["train"], most)], ""
         hint = "the checkpoint names no validation picture that is here; give some with --images FOLDER"
     compared, calibration = (_read(paths, meta, skipped) for paths in kinds)
     if not compared:
         raise EqError(hint + "".join(f" (the first: {path}: {why})" for path, why in list(skipped.items())[:1]))
-    return Samples(np.stack(compared), np.stack(calibration) if calibration else None, skipped)
+    return Samples(np.stack(compared), np.stack(calibration) if calibration else None, skipped, note)
 
 
 def wanted_formats(
@@ -114,7 +138,8 @@ def export_checkpoint(
     for n, name in enumerate(names, 1):
         try:
             made = export_model(folder, name, out, samples.compared, samples.calibration)
-            tables.append(export_table([made]))
+            close = samples.note if EXPORTS[name].calibrates and samples.calibration is not None else ""
+            tables.append(export_table([replace(made, note="; ".join(filter(None, (made.note, close))))]))
             say(f"{n} of {len(names)}: {made.path}")
         except EqError as error:
             failed[name] = str(error)
