@@ -116,10 +116,10 @@ def name_units(
 ) -> tuple[pd.DataFrame, str, str, str]:  # The table with what the names tell, the unit of splitting, the scheme, a note
     "What the names of the files tell of slices and patients."
     named, labels = [_named(path) for path in table["image"]], table["label"].tolist()
-    series = pd.Series([prefix for prefix, _ in named], dtype=object)
-    subjects = series.groupby(table["label"].to_numpy()).nunique()
-    several = bool((subjects > 1).any())
-    if not all(number for _, number in named) or (several and not series.duplicated().any()):
+    series = [prefix for prefix, _ in named]
+    subjects = {label: len({s for s, of in zip(series, labels, strict=True) if of == label}) for label in sorted(set(labels))}
+    several = max(subjects.values()) > 1
+    if not all(number for _, number in named) or (several and len(set(series)) == len(series)):
         return table, "image", "grouped_kfold", ""
     numbers = [str(int(number)) for _, number in named]
     places = [f"{label} {prefix}".strip() if subjects[label] > 1 else label for label, prefix in zip(labels, series, strict=True)]
@@ -127,7 +127,7 @@ def name_units(
     if not several:
         return told, "block", "blocks", ""
     told = told.assign(subject=[prefix or f"{label} without a name" for label, prefix in zip(labels, series, strict=True)])
-    if subjects.min() >= FEWEST:
+    if min(subjects.values()) >= FEWEST:
         return told, "subject", "grouped_kfold", ""
     few = ", ".join(f"{label} {count}" for label, count in subjects.items())
     return told, "block", "blocks", f"the names tell of so few patients a class ({few}) that slices of one are on both sides of the split: scores say nothing of new patients"
@@ -142,6 +142,6 @@ def read_class_folder(
     root, classes = class_root(folder)
     rows = [(str(path), label) for label in classes for path in image_files(root / label)]
     found = check_images(Cohort(table=pd.DataFrame(rows, columns=["image", "label"]), name=root.name, task="classify", split_unit="image"), quiet)
-    table, unit, scheme, note = name_units(found.cohort.table[["image", "label"]])
+    table, unit, scheme, note = name_units(found.cohort.table.loc[:, ["image", "label"]])
     cohort = Cohort(table=table, name=root.name, task="classify", split_unit=unit, scheme=scheme)
     return ClassFolder(cohort, found.skipped | _beside(folder, root, classes), note)

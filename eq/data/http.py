@@ -65,7 +65,7 @@ def check_url(
     if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_fine:
         raise EqError(f"{without_secrets(url)!r} cannot be fetched; expected http://... or https://...")
     if not url.isascii() or any(ord(c) <= 32 or ord(c) == 127 for c in url):
-        raise EqError(f"{without_secrets(url)!r} has blanks or letters that a URL cannot hold; write them percent-encoded, for example %20")
+        raise EqError(f"{without_secrets(url.partition('?')[0])!r} has blanks or letters that a URL cannot hold; write them percent-encoded, for example %20")
     if parts.username is not None:
         raise EqError(f"the URL at {parts.hostname} holds a login; leave it out and download by hand what needs one")
     return parts

@@ -140,9 +140,9 @@ def told(
     config: ClassifyConfig,  # Section classify
 ) -> dict[str, Any]:  # For manifests and trackers
     "The configuration as others may read it: addresses without query, user and password, which may be keys."
-    values = config.model_dump(mode="json") | {"tracking_uri": without_secrets(config.tracking_uri)}
+    values = config.model_dump(mode="json")
     values["paths"]["source_url"] = without_secrets(config.paths.source_url)
-    return values
+    return values | {"tracking_uri": without_secrets(config.tracking_uri)}
 
 
 def describe_classifier(
