@@ -20,9 +20,9 @@ STAGES = ("data_ingestion", "prepare_base_model", "training", "evaluation")
 SMALL = {"arch": "resnet18", "weights": "none", "image_size": [64, 64, 3], "epochs": 1, "batch_size": 16, "freeze": "none", "learning_rate": 0.01, "body": False}
 
 
-def archive(path: Path) -> Path:
+def archive(path: Path, seed: int = 0) -> Path:
     "Two classes of numbered slices: bright squares are tumours; one file is no image."
-    rng, one = np.random.default_rng(0), path.with_suffix(".png")
+    rng, one = np.random.default_rng(seed), path.with_suffix(".png")
     with zipfile.ZipFile(path, "w") as target:
         for label, level in (("Normal", 60), ("Tumor", 180)):
             for i in range(80):
@@ -37,7 +37,7 @@ def checkout(tmp_path_factory) -> Path:
     "A checkout of its own, so that outputs and DVC's files land there."
     here = tmp_path_factory.mktemp("checkout")
     shutil.copytree(ROOT / "eq", here / "eq", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("settings.ini", "dvc.yaml"):  # the tracker is the default one: a store below outputs/
+    for name in ("settings.ini", "dvc.yaml", ".dvcignore"):  # the tracker is the default one: a store below outputs/
         shutil.copy(ROOT / name, here / name)
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
     values["classify"] |= SMALL
@@ -84,10 +84,49 @@ def test_stages_rerun_only_when_they_must(checkout):
     assert "prepare_base_model" in ran(said) and "data_ingestion" not in ran(said), said  # what follows depends on what it makes, which a dry run cannot know
     assert json.loads((made / "model" / "model.json").read_text())["params"]["classify"]["epochs"] == 2
     assert "accuracy" in dvc(checkout, "metrics", "show")
+    for name, mark, axes in (("confusion", "rect", ("actual", "predicted")), ("roc", "line", ("fpr", "tpr")), ("calibration", "point", ("confidence", "accuracy"))):
+        drawn = dvc(checkout, "plots", "show", f"outputs/classify/plots/{name}.csv", "--show-vega")
+        assert f'"type": "{mark}"' in drawn and all(f'"field": "{axis}"' in drawn for axis in axes), drawn[:2000]
     with contextlib.closing(sqlite3.connect(checkout / "outputs" / "mlflow.db")) as store:
         runs = store.execute("select status from runs").fetchall()
         told = dict(store.execute("select key, value from params where key in ('epochs', 'dropout') order by rowid").fetchall())
     assert runs == [("FINISHED",)] * 2 and told == {"epochs": "2", "dropout": "0.5"}, (runs, told)
+
+
+def test_other_images_and_other_code_are_noticed(checkout):
+    change(checkout, epochs=2, dropout=0.5)
+    dvc(checkout, "repro")
+    known = yaml.safe_load((checkout / "dvc.lock").read_text())["stages"].values()
+    folders = [d for stage in known for d in stage.get("deps", []) if d["path"] in ("eq/data", "eq/models", "eq/training")]
+    assert len(folders) == 7 and all(d["nfiles"] > 5 for d in folders), folders  # a folder that .dvcignore names counts as empty
+    with zipfile.ZipFile(checkout / "ct.zip", "a") as target:  # another file, the same images
+        target.comment = b"packed again"
+    assert ran(dvc(checkout, "repro")) == {"data_ingestion"}
+    archive(checkout / "ct.zip", seed=1)
+    assert ran(dvc(checkout, "repro", "data_ingestion")) == {"data_ingestion"}
+    with (checkout / "eq" / "models" / "classifier.py").open("a") as code:
+        code.write("# another line\n")
+    said = dvc(checkout, "status")
+    waiting = {stage: said.partition(f"\n{stage}:\n")[2].partition(":\n\tchanged")[0] for stage in STAGES}
+    assert "data_ingestion" not in said and "eq/models" in said, said
+    assert "images/content.csv" in waiting["training"] and "images/content.csv" in waiting["evaluation"], said
+
+
+def test_ingestion_tells_what_it_skipped_and_no_secret(tmp_path):
+    paths = {"ROOT_DIR": tmp_path, "UNZIP_DIR": tmp_path / "images", "SOURCE_URL": archive(tmp_path / "ct.zip")}
+    env = {**os.environ, "EQ__CLASSIFY__TRACKING_URI": "postgresql://me:secretpw@db/x", **{f"EQ__CLASSIFY__PATHS__{k}": str(v) for k, v in paths.items()}}
+
+    def say(**more: str) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, "-m", "eq", "classify", "ingest"], env=env | more, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout + done.stderr
+
+    code, said = say()
+    assert code == 0 and "skipped: 1, listed with the reason in" in said, said
+    assert "secretpw" not in "".join(p.read_text() for p in (tmp_path / "images").glob("*.*") if p.is_file())
+    code, said = say(EQ__CLASSIFY__PATHS__SOURCE_URL="~nobody-of-this-name/x.zip")
+    assert code == 2 and "no registered source" in said and "Traceback" not in said, said
+    code, said = say(EQ__CLASSIFY__PATHS__SOURCE_URL="http://127.0.0.1:99999/x.zip?X-Amz-Signature=secretpw")
+    assert code == 2 and "secretpw" not in said + (tmp_path / "images" / "manifest.json").read_text() + (tmp_path / "images" / "log.jsonl").read_text(), said
 
 
 def test_a_stage_without_its_forerunner_says_so(tmp_path):

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 import eq
-from .files import sha256_bytes, sha256_file
+from .files import sha256_bytes, sha256_file, without_secrets
 from .paths import find_repo
 
 # %% ../../nbs/06b_core.environment.ipynb #f637f9a8
@@ -74,7 +74,7 @@ def _settings() -> dict[str, str]:
     "Environment variables that change what eq does. Secrets are masked."
     others = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED")
     shown = {k: v for k, v in sorted(os.environ.items()) if k.startswith("EQ__") or k in others}
-    return {k: "***" if re.search("KEY|TOKEN|SECRET|PASSWORD", k) else v for k, v in shown.items()}
+    return {k: "***" if re.search("KEY|TOKEN|SECRET|PASSWORD", k) else without_secrets(v) for k, v in shown.items()}
 
 # %% ../../nbs/06b_core.environment.ipynb #508354c4
 def _accelerator() -> str | None:

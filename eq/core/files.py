@@ -48,9 +48,9 @@ def sha256_file(
 def without_secrets(
     text: str,  # An address, or a text that holds some
 ) -> str:  # May be stored and printed
-    "Takes user, password and what follows a question mark out of addresses: they may be keys or signatures."
-    text = re.sub(r"(\w+://)[^\s/?#@'\"]+@", r"\1***@", text)
-    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s,;)'\"]*", r"\1", text)
+    "Takes user, password and what follows a question mark or # out of addresses: they may be keys or signatures."
+    text = re.sub(r"(\w+://)(?:[^\s/?#'\"]+|[^\s/?#@:'\"]*:(?!\d+/)[^\s'\"]*)@", r"\1***@", text)  # databases take an @ or a / in a password as it is
+    return re.sub(r"(\w+://[^\s?#'\"]+)[?#][^\s,;)'\"]*", r"\1", text)
 
 
 def sha256_array(

@@ -151,12 +151,13 @@ def _close(run: Run, error: BaseException | None) -> None:
     "Finish a run with the status that its error asks for."
     well = error is None or (isinstance(error, SystemExit) and error.code in (None, 0))
     status = "done" if well else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    why = without_secrets(f"{type(error).__name__}: {error}")  # errors of requests name their address
     try:
         if well:
             run.log.info(f"{run.name} done", written=run.dir)
         else:
-            run.log.error(f"{run.name} {status}", error=f"{type(error).__name__}: {error}", kept=run.dir)
-        run.finish(status, None if well else f"{type(error).__name__}: {error}")
+            run.log.error(f"{run.name} {status}", error=why, kept=run.dir)
+        run.finish(status, None if well else why)
     except EqError as e:
         if error is None:
             raise
@@ -231,7 +232,7 @@ def start_run(
     claim = claim_folder(folder, going_on)
     if going_on:
         _resume_dir(name, folder)
-    run = Run(name, folder, params or {}, command or _command())
+    run = Run(name, folder, params or {}, without_secrets(command) if command else _command())
     run.claim = claim
     run.log.debug("run started", run=name, resumed=going_on, command=run.command)
     return run

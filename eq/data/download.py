@@ -19,7 +19,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from ..core.files import read_json, sha256_file, write_error, write_json
+from ..core.files import read_json, sha256_file, without_secrets, write_error, write_json
 from ..core.registry import EqError
 from .http import Passing, check_status, open_url
 
@@ -36,6 +36,17 @@ class DownloadPlan:
     wait_s: float = 1.0  # Before the first retry; doubled each time
     longest_wait_s: float = 120.0  # A server that asks for more is left alone
     quiet: bool = False  # No progress bar
+    identity: str = ""  # What the file is called where each address of it is another one; empty: the URL
+
+    @property
+    def key(self) -> str:
+        "What a part is known by."
+        return self.identity or self.url
+
+    @property
+    def shown(self) -> str:
+        "The URL as messages name it: what follows a question mark may be a signature."
+        return without_secrets(self.url)
 
     def __post_init__(self) -> None:
         if self.sha256 and (len(self.sha256) != 64 or set(self.sha256.lower()) - set("0123456789abcdef")):
@@ -75,14 +86,14 @@ class Part:
 
     def known(
         self,
-        url: str,  # What is fetched now
+        key: str,  # What is fetched now: `DownloadPlan.key`
     ) -> dict:  # "version" and "total"; empty where the part is of something else
         "What was noted of the version. A damaged note counts as none: the file is fetched anew."
         try:
             notes = read_json(self.notes) if self.notes.is_file() else {}
         except EqError:
             return {}
-        return notes if isinstance(notes, dict) and notes.get("url") == url else {}
+        return notes if isinstance(notes, dict) and notes.get("url") == key else {}
 
     def drop(self) -> None:
         "Forget it."
@@ -131,21 +142,21 @@ def _start(response: HTTPResponse, part: Part, plan: DownloadPlan, asked: int) -
     if response.status == 200:
         return 0, declared
     begin, _, total = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
-    known = part.known(plan.url)
+    known = part.known(plan.key)
     fits = response.status == 206 and begin.split("-")[0] == str(asked) and known.get("total") in (None, int(total) if total.isdecimal() else None)
     noted = known.get("version", "")
     if not fits or (_version(response) or noted) != noted:
         part.drop()
-        raise Passing(f"{plan.url} is not what it was when its first {asked} bytes were fetched; starting anew", 0.0)
+        raise Passing(f"{plan.shown} is not what it was when its first {asked} bytes were fetched; starting anew", 0.0)
     return asked, int(total) if total.isdecimal() else None
 
 
 def _check_room(plan: DownloadPlan, part: Part, start: int, total: int | None) -> None:
     if total is not None and total > plan.max_bytes:
-        raise EqError(f"{plan.url} has {total / 1e9:.3f} GB, more than the {plan.max_bytes / 1e9:.3f} GB allowed; --max-gb allows more")
+        raise EqError(f"{plan.shown} has {total / 1e9:.3f} GB, more than the {plan.max_bytes / 1e9:.3f} GB allowed; --max-gb allows more")
     free = shutil.disk_usage(part.path.parent).free
     if total is not None and total - start > free:
-        raise EqError(f"disk full: {plan.url} needs {(total - start) / 1e9:.2f} GB more and {part.path.parent} has {free / 1e9:.2f} GB free")
+        raise EqError(f"disk full: {plan.shown} needs {(total - start) / 1e9:.2f} GB more and {part.path.parent} has {free / 1e9:.2f} GB free")
 
 # %% ../../nbs/19h_data.download.ipynb #a6c5dd1d
 def _receive(response: HTTPResponse, plan: DownloadPlan, room: int) -> Iterator[bytes]:
@@ -157,16 +168,16 @@ def _receive(response: HTTPResponse, plan: DownloadPlan, room: int) -> Iterator[
         try:
             block = response.read1(min(_CHUNK, room + 1))
         except TimeoutError as error:
-            raise Passing(f"{plan.url}: no byte came for {plan.stall_s:g} s") from error
+            raise Passing(f"{plan.shown}: no byte came for {plan.stall_s:g} s") from error
         except (OSError, HTTPException) as error:
-            raise Passing(f"{plan.url}: the connection was cut ({error or type(error).__name__})") from error
+            raise Passing(f"{plan.shown}: the connection was cut ({error or type(error).__name__})") from error
         if not block:
             return
         yield block
         room, got = room - len(block), got + len(block)
         if time.monotonic() - since > plan.stall_s:
             if got < _SLOWEST:
-                raise Passing(f"{plan.url}: only {got} bytes came in {plan.stall_s:g} s")
+                raise Passing(f"{plan.shown}: only {got} bytes came in {plan.stall_s:g} s")
             since, got = time.monotonic(), 0
         if room == 0 and not select.select([response.fileno()], [], [], 1.0)[0]:
             return  # all is here, and the server leaves the line open
@@ -188,9 +199,9 @@ def _copy(response: HTTPResponse, plan: DownloadPlan, part: Part, span: tuple[in
     if at > limit:
         part.drop()
         said = f"has more than the {plan.max_bytes / 1e9:.3f} GB allowed; --max-gb allows more" if total is None else f"declares {total} bytes and sends more"
-        raise EqError(f"{plan.url} {said}; nothing of it is kept")
+        raise EqError(f"{plan.shown} {said}; nothing of it is kept")
     if total is not None and at < total:
-        raise Passing(f"{plan.url} declares {total} bytes and ends after {at}")
+        raise Passing(f"{plan.shown} declares {total} bytes and ends after {at}")
 
 # %% ../../nbs/19h_data.download.ipynb #010aa417
 def _opened(part: Part, start: int) -> IO[bytes]:
@@ -218,7 +229,7 @@ def _flush(file: IO[bytes], part: Part) -> None:
 
 # %% ../../nbs/19h_data.download.ipynb #5e445d37
 def _attempt(plan: DownloadPlan, part: Part) -> None:
-    known, asked = part.known(plan.url), part.size
+    known, asked = part.known(plan.key), part.size
     version = known.get("version", "")
     if asked and known.get("total") == asked:
         return  # killed between the last byte and the rename
@@ -229,7 +240,7 @@ def _attempt(plan: DownloadPlan, part: Part) -> None:
         check_status(response, plan.url)
         start, total = _start(response, part, plan, asked)
         _check_room(plan, part, start, total)
-        write_json(part.notes, {"url": plan.url, "version": _version(response) or (version if start else ""), "total": total})
+        write_json(part.notes, {"url": plan.key, "version": _version(response) or (version if start else ""), "total": total})
         _copy(response, plan, part, (start, total))
 
 # %% ../../nbs/19h_data.download.ipynb #7f38c4be
@@ -266,7 +277,7 @@ def _finished(plan: DownloadPlan, part: Part) -> Receipt:
     found, size = sha256_file(part.path), part.size
     if plan.sha256 and found != plan.sha256.lower():
         part.drop()
-        raise EqError(f"{plan.url} has the SHA-256 {found}, expected {plan.sha256.lower()}: it changed or was tampered with; nothing of it is kept")
+        raise EqError(f"{plan.shown} has the SHA-256 {found}, expected {plan.sha256.lower()}: it changed or was tampered with; nothing of it is kept")
     try:
         os.replace(part.path, part.final)
     except OSError as error:

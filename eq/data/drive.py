@@ -55,7 +55,7 @@ class _Form(HTMLParser):
 def drive_url(
     name: str,  # From `drive_id`
     start: str = DOWNLOAD,  # Where to ask
-) -> str:  # Address of the file itself
+) -> str:  # Address of the file itself, another one each time
     "Follows the confirmation page where there is one. Raises EqError where the file is not shared with everybody."
     url = f"{start}?{urlencode({'export': 'download', 'id': name})}"
     with open_url(url) as response:

@@ -20,6 +20,7 @@ from urllib.error import URLError
 from urllib.parse import SplitResult, urljoin, urlsplit
 from urllib.request import HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandler, Request, getproxies, proxy_bypass
 
+from ..core.files import without_secrets
 from ..core.registry import EqError
 
 # %% ../../nbs/19l_data.http.ipynb #7caa84a0
@@ -60,11 +61,11 @@ def check_url(
         parts = urlsplit(url)
         port_is_fine = parts.port is None or parts.port > 0
     except ValueError as error:
-        raise EqError(f"{url!r} is not a URL: {error}") from error
+        raise EqError(f"{without_secrets(url)!r} is not a URL: {error}") from error
     if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_fine:
-        raise EqError(f"{url!r} cannot be fetched; expected http://... or https://...")
+        raise EqError(f"{without_secrets(url)!r} cannot be fetched; expected http://... or https://...")
     if not url.isascii() or any(ord(c) <= 32 or ord(c) == 127 for c in url):
-        raise EqError(f"{url!r} has blanks or letters that a URL cannot hold; write them percent-encoded, for example %20")
+        raise EqError(f"{without_secrets(url.partition('?')[0])!r} has blanks or letters that a URL cannot hold; write them percent-encoded, for example %20")
     if parts.username is not None:
         raise EqError(f"the URL at {parts.hostname} holds a login; leave it out and download by hand what needs one")
     return parts
@@ -151,7 +152,7 @@ def _send(url: str, headers: dict[str, str], stall_s: float, inside: bool) -> HT
             raise Passing(f"{parts.hostname} does not answer for {stall_s:g} s") from error
         raise Passing(f"no connection to {parts.hostname}: {getattr(reason, 'strerror', None) or reason}") from error
     if response is None:
-        raise EqError(f"{url!r} cannot be fetched; expected http://... or https://...")
+        raise EqError(f"{without_secrets(url)!r} cannot be fetched; expected http://... or https://...")
     return response
 
 
@@ -184,15 +185,15 @@ def open_url(
         try:
             new, old = check_url(target), urlsplit(url)
         except EqError as error:
-            raise EqError(f"{url} redirects to where eq does not go: {error}") from error
+            raise EqError(f"{without_secrets(url)} redirects to where eq does not go: {error}") from error
         if old.scheme == "https" and new.scheme == "http":
-            raise EqError(f"{url} redirects from https to http ({target}), where anybody could change the bytes; refused")
+            raise EqError(f"{without_secrets(url)} redirects from https to http ({without_secrets(target)}), where anybody could change the bytes; refused")
         if not inside and _literal_inside(new.hostname or ""):
-            raise EqError(f"refused: {url} redirects to {new.hostname}, an address of this machine or its own network")
+            raise EqError(f"refused: {without_secrets(url)} redirects to {new.hostname}, an address of this machine or its own network")
         if (new.scheme, new.netloc) != (old.scheme, old.netloc):  # a key is for whom it was given to
             headers = {k: v for k, v in (headers or {}).items() if k.lower() not in PRIVATE}
         url = target
-    raise EqError(f"more than {MAX_REDIRECTS} redirects, the last to {url}; it leads nowhere")
+    raise EqError(f"more than {MAX_REDIRECTS} redirects, the last to {without_secrets(url)}; it leads nowhere")
 
 # %% ../../nbs/19l_data.http.ipynb #8cfbb111
 _MEANING = {401: "needs a login", 403: "is refused: it may need a login, or its terms to be accepted in a browser",
@@ -202,10 +203,10 @@ _PASSING = (408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524)
 
 def check_status(
     response: HTTPResponse,  # From `open_url`
-    url: str,  # Named in errors
+    url: str,  # Named in errors, without what may be a key in it
 ) -> None:
     "Raises Passing for busy servers, EqError for whatever is no file. 200, 206 and 416 are left to the caller."
-    status = response.status
+    status, url = response.status, without_secrets(url)
     if status in _PASSING:
         what = "too many requests" if status == 429 else "busy or broken"
         raise Passing(f"{url}: the server is {what} ({status})" if status != 429 else f"{url}: {what} ({status})", retry_after(response.headers.get("Retry-After")))

@@ -36,7 +36,7 @@ def unbroken_runs(
     sections: list[str],  # Section names with their numbers
     series: list[str],  # The series that each belongs to
 ) -> list[str]:  # A run a row, for example "Tumor 701-856"
-    "Stretches of consecutive numbers within a series."
+    "Stretches of consecutive numbers within a series; a number that occurs twice (two views of a slice) belongs to one stretch."
     rows = pd.DataFrame({"at": [position(s) for s in sections], "series": series}).sort_values(["series", "at"])
     run = ((rows["at"].diff() > 1) | (rows["series"] != rows["series"].shift())).cumsum()
     first, last = rows["at"].groupby(run).transform("min"), rows["at"].groupby(run).transform("max")
