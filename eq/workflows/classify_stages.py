@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from ..core.config import ClassifyConfig
-from ..core.files import atomic_write, list_files, sha256_file, sha256_path, without_secrets
+from ..core.files import atomic_write, sha256_file, sha256_path, without_secrets
 from ..core.paths import repo_root
 from ..core.provenance import LOG, MANIFEST, Run, start_run
 from ..core.registry import EqError
