@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from fastai.callback.core import TrainEvalCallback
 from fastai.data.core import DataLoaders
@@ -103,6 +104,11 @@ class ClassifyFit:
         self.trainee = Trainee(self.model, average, optimiser, Progress())
         self.bar = Bar(self.clock, meta.task, options.quiet or self.team.rank > 0)
         self.tracker: Tracker | None = None
+
+    def draw_apart(self) -> None:
+        "At the beginning of an epoch: the other processes of a team drop other values than process 0, also when the run was resumed in between."
+        if self.team.rank:
+            seed_everything(int(np.random.SeedSequence([self.options.seed, self.team.rank, self.trainee.progress.epoch]).generate_state(1)[0]))
 
     def prepare(self) -> None:
         "Computes features once where that is possible, and builds the learner. After the weights are as they shall be."
@@ -195,6 +201,7 @@ def end_epoch(
             save_state(fit.folder / "checkpoints", fit.trainee, replace(fit.meta, metrics=row), best=improved)
     if fit.tracker is not None and team.rank == 0:
         fit.tracker.log({k: float(v) for k, v in row.items() if k != "epoch" and math.isfinite(v)}, progress.epoch)
+    fit.draw_apart()
     return finished
 
 # %% ../../nbs/37_training.fit_classify.ipynb #a387d449
@@ -234,6 +241,15 @@ def _run(fit: ClassifyFit) -> None:
     _run(fit)
 
 
+def _write(fit: ClassifyFit, metrics: dict[str, Any]) -> CheckpointMeta:
+    "History and curves, then weights and description: with these the training is finished."
+    write_history(fit.folder, fit.trainee.progress.history)
+    meta = save_checkpoint(fit.folder, fit.trainee.average, replace(fit.meta, metrics=metrics))
+    if fit.tracker is not None:
+        [fit.tracker.artefact(fit.folder / name) for name in ("history.csv", "curves.png", META)]
+    return meta
+
+
 def _finish(fit: ClassifyFit) -> ClassifyResult:
     "Takes the best epoch and writes the result."
     progress = fit.trainee.progress
@@ -244,13 +260,8 @@ def _finish(fit: ClassifyFit) -> ClassifyResult:
     fit.team.wait()
     fit.trainee.average.load_state_dict(load_tensors(best / WEIGHTS, read_meta(best).weights_sha256))
     fit.trainee.average.eval()
-    if fit.team.rank == 0:
-        save_checkpoint(fit.folder, fit.trainee.average, replace(fit.meta, metrics=read_meta(best).metrics))
-        write_history(fit.folder, progress.history)
-        if fit.tracker is not None:
-            [fit.tracker.artefact(fit.folder / name) for name in ("history.csv", "curves.png", META)]
-    fit.team.wait()
-    return ClassifyResult(fit.folder, read_meta(fit.folder), progress.history, progress.history[-1]["images"], seconds)
+    meta = fit.team.decide(lambda: _write(fit, read_meta(best).metrics))
+    return ClassifyResult(fit.folder, meta, progress.history, progress.history[-1]["images"], seconds)
 
 # %% ../../nbs/37_training.fit_classify.ipynb #a94ffb98
 def fit_classify(
@@ -275,6 +286,7 @@ def fit_classify(
     fit.tracker = tracker
     if resume:
         _resume(fit)
+    fit.draw_apart()
     fit.prepare()
     _run(fit)
     return _finish(fit)
