@@ -32,7 +32,7 @@ def _said(value: dict[str, Any]) -> str:
 
 
 def score_table(
-    scores: dict[str, Any],  # From `eq.workflows.classify_train.judge`
+    scores: dict[str, Any],  # From `eq.workflows.classify_judge.judge`
 ) -> pd.DataFrame:  # One row a measure, one column a competitor
     "Estimates with their intervals as text."
     rows = [{"measure": label} | {who: _said(scores[f"{key}.{name}"]) for key, who in WHO.items()} for name, label in NAMED.items() if f"network.{name}" in scores]
@@ -40,7 +40,7 @@ def score_table(
 
 
 def confusion_table(
-    scores: dict[str, Any],  # From `eq.workflows.classify_train.judge`
+    scores: dict[str, Any],  # From `eq.workflows.classify_judge.judge`
 ) -> pd.DataFrame:  # Rows are the truth
     "Which class was taken for which."
     classes = scores["classes"]
@@ -62,7 +62,7 @@ def calibration_figure(
 
 # %% ../../nbs/73f_workflows.classify_report.ipynb #7af00770
 def classify_report(
-    scores: dict[str, Any],  # From `eq.workflows.classify_train.judge`
+    scores: dict[str, Any],  # From `eq.workflows.classify_judge.judge`
     probabilities: np.ndarray,  # (N, C) of the test pictures
     test: Pictures,  # The test pictures
     exhibits: Sequence[Exhibit] = (),  # Maps of some of them
@@ -92,7 +92,7 @@ def classify_report(
 
 def write_classify_report(
     folder: Path,  # Of the run
-    scores: dict[str, Any],  # From `eq.workflows.classify_train.judge`
+    scores: dict[str, Any],  # From `eq.workflows.classify_judge.judge`
     judged: tuple[np.ndarray, Pictures],  # Probabilities and pictures of the test part
     exhibits: Sequence[Exhibit] = (),  # Maps of some of them
 ) -> Path:  # report.html
