@@ -98,8 +98,8 @@ def what_stays(
     parts = {name: f"{len(p)} pictures (SHA-256 {hashes[name][:16]})" for name, p in (("train", train), ("validate", valid))}
     return {"start": start, **parts, **config.model_dump(mode="json", exclude=MAY_CHANGE)}
 
-
-def _begin(run: Run, config: ClassifyConfig, split: Split, parts: list[Pictures], leaks: LeakReport) -> None:
+# %% ../../nbs/73d_workflows.classify_train.ipynb #5a1d6c03
+def _begin(run: Run, config: ClassifyConfig, split: Split, parts: tuple[Pictures, Pictures], leaks: LeakReport) -> None:
     "What is known before the first step."
     run.log.info(f"leaks: {leaks.summary()}")
     run.add_metrics({"leaks": leaks.record()})
@@ -116,30 +116,30 @@ def train_classifier(
 ) -> ClassifyResult:  # Its folder is the checkpoint
     "Stage 3. Raises EqError where an earlier stage is missing, for leaks, bad options, a diverged loss, a full disk; the last network stays until then."
     team, final = team or Team(), placed(config.paths.trained_model)
-    split, making = split_of(config, ingested(config)), unfinished(final)
+    options, split, making = fit_options(config, quiet), split_of(config, ingested(config)), unfinished(final)
     if resume and not begun(making):
         raise EqError(f"nothing to resume: no training was cut off in {making}" + (f"; that in {final} is finished" if begun(final) else ""))
     leaks = check_leaks(split, config.allow_leak, quiet) if team.rank == 0 else None
     model, meta = prepared(config)
-    parts = pictures_of(config, split, ("train", "validate"), meta.classes, quiet or team.rank > 0)
+    train, valid = pictures_of(config, split, ("train", "validate"), meta.classes, quiet or team.rank > 0)
 
     def fit(meta: CheckpointMeta, tracker: Tracker | None = None) -> ClassifyResult:
         done = team.decide(lambda: finished_training(making) if resume else None)
-        return done or fit_classify(model, *parts, fit_options(config, quiet), meta, making, tracker, resume, team)
+        return done or fit_classify(model, train, valid, options, meta, making, tracker, resume, team)
 
     if leaks is None:  # computes its share; process 0 writes, calibrates and tells
         return fit(meta)
-    fixed = what_stays(config, *parts, meta.weights_sha256)
+    fixed = what_stays(config, train, valid, meta.weights_sha256)
     if resume:
         same_request(making, fixed)
     with remade("classify-train", final, told(config), resume) as run:
         remember_request(run.dir, fixed)
-        _begin(run, config, split, parts, leaks)
-        meta = replace(meta, data=about_data(split, dict(zip(("train", "validate"), parts, strict=True)), leaks), code=code_version())
+        _begin(run, config, split, (train, valid), leaks)
+        meta = replace(meta, data=about_data(split, {"train": train, "validate": valid}, leaks), code=code_version())
         plan = TrackPlan(config.experiment, f"{config.arch}-{final.name}", config.tracking_uri, plain(told(config)), folder=placed(config.paths.root_dir))
         with start_tracker(config.tracker, plan, run.log) as tracker:
             result = fit(meta, tracker)
-            calibration = _complete(run.dir, *parts, config.device)
+            calibration = _complete(run.dir, train, valid, config.device)
             for name in (META, WEIGHTS, BANK, REFERENCE):
                 tracker.artefact(run.dir / name)
         run.log.info("calibrated", temperature=round(calibration.temperature, 3), log_loss=calibration.log_loss)
