@@ -275,6 +275,12 @@ def test_a_rate_then_training_in_two_processes(pipeline: Path, eq: Say) -> None:
     run = pipeline / "trained_model"
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["status"] == "done" and "--processes 2" in manifest["command"] and main(["verify", str(run)]) == 0
+    code, said = eq("train", "--processes", "2", "--resume")
+    assert code == 2 and f"nothing to resume: no training was cut off in {run}.unfinished; that in {run} is finished" in said, said
+    run.rename(pipeline / "trained_model.unfinished")  # as if it had been killed before it took its place
+    assert "no finished training" in eq("evaluate")[1]
+    code, said = eq("train", "--processes", "2", "--resume")
+    assert code == 0 and "valid_accuracy" in said and json.loads((run / "manifest.json").read_text())["status"] == "done", said
     history = pd.read_csv(run / "history.csv")
     split = {row["part"]: row["images"] for row in manifest["metrics"]["split"]}
     assert history["images"].tolist() == [split["train"]]  # together they saw each picture once

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from eq.core.results import CheckpointMeta
 from eq.data.pictures import Pictures
@@ -35,10 +36,11 @@ for name, (arch, options) in RUNS.items():
     meta = CheckpointMeta(task="classify", arch=arch, encoder="", in_channels=3, classes=train.classes, mean=(0.4,) * 3, std=(0.2,) * 3, scale=1.0,
                           px_size_um=None, tile=32, threshold=0.5, tta="none", min_area_px=0, data={}, params={}, metrics={}, code={}, parent=None,
                           weights_sha256="0" * 64)
-    model = create_classifier(arch, dropout=0.0, seed=0)  # dropout draws in each process for itself
+    model = create_classifier(arch, dropout=0.0, seed=0)  # with dropout, masks that each process draws for itself would make two differ from one
     result = fit_classify(model, train, train.pick(range(10)), options, meta, out / name, team=team)
     rows[name] = result.history
 (out / f"rank{team.rank}of{team.size}.json").write_text(json.dumps(rows))
+(out / f"drawn{team.rank}of{team.size}.json").write_text(json.dumps(torch.rand(4).tolist()))  # what dropout would draw next
 '''
 
 
@@ -101,6 +103,13 @@ def test_both_processes_know_the_same(runs: tuple[Path, Path]) -> None:
         for column in ("train_loss", "valid_loss"):
             np.testing.assert_allclose([r[column] for r in first[name]], [r[column] for r in one[name]], atol=1e-4)
             assert [r[column] for r in first[name]] == [r[column] for r in second[name]]
+
+
+def test_each_process_draws_for_itself(runs: tuple[Path, Path]) -> None:
+    """The masks of dropout are not the same in both; process 0 draws what one process alone would draw."""
+    alone, both = runs
+    one, first, second = (json.loads((out / name).read_text()) for out, name in ((alone, "drawn0of1.json"), (both, "drawn0of2.json"), (both, "drawn1of2.json")))
+    assert first == one and second != first
 
 
 def test_the_tolerance_sees_a_slip(runs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -130,6 +130,19 @@ def test_ingestion_tells_what_it_skipped_and_no_secret(tmp_path):
     assert code == 2 and "secretpw" not in said + (tmp_path / "images" / "manifest.json").read_text() + (tmp_path / "images" / "log.jsonl").read_text(), said
 
 
+def test_dvc_watches_what_the_stages_depend_on():
+    "Whatever a stale base model is refused for makes DVC prepare a new one; every value that DVC watches exists."
+    from eq.core.config_pictures import ClassifyConfig, ClassifyPaths
+    from eq.workflows.classify_stages import PREPARED
+
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    watched = {name: {p.removeprefix("classify.") for p in stage["params"] if p.startswith("classify.")} for name, stage in stages.items()}
+    assert watched["prepare_base_model"] == set(PREPARED)
+    assert {"precision", "device"} <= watched["training"]
+    assert set().union(*watched.values()) <= {*ClassifyConfig.model_fields, *(f"paths.{name}" for name in ClassifyPaths.model_fields)}
+    assert all((ROOT / path).is_file() for stage in stages.values() for path in stage.get("deps", ()) if path.endswith(".py"))
+
+
 def test_a_stage_without_its_forerunner_says_so(tmp_path):
     env = {**os.environ, "EQ__CLASSIFY__PATHS__UNZIP_DIR": str(tmp_path / "none")}
     done = subprocess.run([sys.executable, "-m", "eq", "classify", "train"], env=env, capture_output=True, text=True, timeout=120)

@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+from PIL import Image
 
 EQ = Path(sys.executable).with_name("eq")
 SECONDS = 3 / 60  # of training, in minutes
@@ -69,6 +72,37 @@ def test_endotheliosis(painted, tmp_path):
     check(done, "endotheliosis", out)
     assert json.loads((out / "glom" / "model.json").read_text())["parent"], "the second network starts from the first"
     assert (out / "objects.csv").exists()
+
+
+def class_folder(root: Path) -> Path:
+    "Two classes of numbered slices, bright squares are tumours, and a text that calls itself a picture."
+    rng = np.random.default_rng(0)
+    for label, level in (("Normal", 60), ("Tumor", 180)):
+        (root / label).mkdir(parents=True)
+        for i in range(90):
+            Image.fromarray(np.clip(rng.normal(level, 15, (40, 40)), 0, 255).astype(np.uint8)).save(root / label / f"{label}- ({i}).png")
+    (root / "Tumor" / "Tumor- (99).png").write_text("no picture")
+    return root
+
+
+def test_kidney_ct(tmp_path, monkeypatch):
+    "A folder of class folders; gone on with, nothing is trained again, and other settings are refused."
+    for key, value in {"IMAGE_SIZE": "[64, 64, 3]", "BODY": "false", "BATCH_SIZE": "16"}.items():
+        monkeypatch.setenv(f"EQ__CLASSIFY__{key}", value)
+    out, given = tmp_path / "run", {"source": class_folder(tmp_path / "set"), "arch": "tu-test_efficientnet", "weights": "none", "minutes": SECONDS}
+    done = run("kidney_ct", out, **given)
+    assert done.returncode == 0, done.stderr[-4000:]
+    manifest, metrics = (json.loads((out / name).read_text()) for name in ("manifest.json", "metrics.json"))
+    assert {"kidney_ct.ipynb", "report.html", "metrics.json", "scores.json", "predictions.csv", "train/picture_gate.json"} <= {a["path"] for a in manifest["artefacts"]}
+    assert manifest["metrics"]["scores"] == metrics["scores"] and 0 <= metrics["scores"]["accuracy"]["estimate"] <= 1 and metrics["verdict"]
+    page, table = (out / "report.html").read_text(encoding="utf-8"), pd.read_csv(out / "predictions.csv")
+    assert "Tumor- (99).png" in page and "gradcam: Normal" in page and "gradcam: Tumor" in page  # each map is of the class of its slice
+    assert len(table) == json.loads((out / "scores.json").read_text())["images"] and set(table["truth"]) == {"Normal", "Tumor"}
+    weights = (out / "train" / "model.safetensors").stat().st_mtime_ns
+    assert "begun with other settings: seed 0, now 1" in run("kidney_ct", out, "--resume", **given, seed=1).stderr
+    again = run("kidney_ct", out, "--resume", **given)
+    assert again.returncode == 0 and (out / "train" / "model.safetensors").stat().st_mtime_ns == weights, again.stderr[-4000:]
+    assert json.loads((out / "metrics.json").read_text())["scores"] == metrics["scores"]
 
 
 def test_a_bad_source_fails_in_its_cell_and_says_why(tmp_path):

@@ -7,6 +7,7 @@ __all__ = ['ClassifyPaths', 'ClassifyConfig', 'AnomalyConfig']
 
 # %% ../../nbs/00b_core.config_pictures.ipynb #91e77b63
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -52,6 +53,8 @@ class ClassifyConfig(Strict):
     l1: float = Field(ge=0, description="L1 penalty on the weights")
     class_weights: bool = Field(description="Rare classes count more")
     patience: int = Field(ge=0, description="Stop after this many epochs without a better validation loss; 0 never stops early")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(description="auto takes bf16 where the hardware is fast at it")
+    device: str = Field(description="auto, cuda, cuda:N, mps or cpu")
     body: bool = Field(description="Cut slices to the body, so that table, frame and size do not tell the class")
     scheme: str | None = Field(description="Split scheme; null takes the source's own, else grouped folds")
     fold: int = Field(ge=0, description="The fold that is tested")

@@ -11,11 +11,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from .files import TEMP_PREFIX, write_error
 from .registry import EqError
 
 # %% ../../nbs/03b_core.lock.ipynb #944ae8f7
+def _taken(file: IO[str], lock: Path) -> bool:
+    "Whether the lock is ours now, and the file is still the one that others see: its owner may have taken it away in between."
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
 @contextmanager
 def in_turn(
     path: Path,  # What is read and written again
@@ -23,7 +35,7 @@ def in_turn(
 ) -> Iterator[None]:  # A context manager
     "Waits until no other process is in here for the same path. Raises EqError when that takes too long, or the folder cannot be written."
     try:
-        import fcntl
+        import fcntl  # noqa: F401
     except ImportError:  # Windows has no flock; there, turns are up to the user
         yield
         return
@@ -35,18 +47,12 @@ def in_turn(
         except OSError as error:
             raise write_error(error, path) from error
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.exists(lock) and os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
-                    try:
-                        yield
-                    finally:
-                        lock.unlink(missing_ok=True)
-                    return  # otherwise its owner took the file away in between
-            except BlockingIOError:
-                pass
-            except FileNotFoundError:
-                pass
+            if _taken(file, lock):
+                try:
+                    yield
+                finally:
+                    lock.unlink(missing_ok=True)
+                return
         if time.monotonic() > until:
             raise EqError(f"{path}: another program has been writing it for {seconds:g} s; wait for it, or end it")
         time.sleep(0.01)

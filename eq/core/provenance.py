@@ -118,6 +118,7 @@ class Run(Record):
     "A run folder in the making: `with start_run('predict') as run: ...`."
 
     claim: IO[str] | None = None  # The lock of the folder
+    goes_to: Path | None = None  # Where the folder is moved when all is well; None: it stays
 
     def finish(
         self,
@@ -154,7 +155,7 @@ def _close(run: Run, error: BaseException | None) -> None:
     why = without_secrets(f"{type(error).__name__}: {error}")  # errors of requests name their address
     try:
         if well:
-            run.log.info(f"{run.name} done", written=run.dir)
+            run.log.info(f"{run.name} done", written=run.goes_to or run.dir)
         else:
             run.log.error(f"{run.name} {status}", error=why, kept=run.dir)
         run.finish(status, None if well else why)

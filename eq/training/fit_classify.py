@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from fastai.callback.core import TrainEvalCallback
 from fastai.data.core import DataLoaders
@@ -106,6 +107,11 @@ class ClassifyFit:
         self.bar = Bar(self.clock, meta.task, options.quiet or self.team.rank > 0)
         self.tracker: Tracker | None = None
 
+    def draw_apart(self) -> None:
+        "At the beginning of an epoch: the other processes of a team drop other values than process 0, also when the run was resumed in between."
+        if self.team.rank:
+            seed_everything(int(np.random.SeedSequence([self.options.seed, self.team.rank, self.trainee.progress.epoch]).generate_state(1)[0]))
+
     def prepare(self) -> None:
         "Computes features once where that is possible, and builds the learner. After the weights are as they shall be."
         o = self.options
@@ -170,6 +176,12 @@ class ClassifyFit:
         return self.seen + round(self.team.mean(self.course.images) * self.team.size)
 
 # %% ../../nbs/37_training.fit_classify.ipynb #6fb15be6
+def _stale(fit: ClassifyFit) -> bool:
+    "Whether patience is used up."
+    worse = [r for r in fit.trainee.progress.history if r["step"] > fit.trainee.progress.best_step]
+    return bool(fit.options.patience and len(worse) >= fit.options.patience)
+
+
 def end_epoch(
     fit: ClassifyFit,  # The run
     loss: float,  # Mean training loss of the epoch in this process
@@ -189,14 +201,14 @@ def end_epoch(
            "train_loss": team.mean(loss), **{f"valid_{k}": v for k, v in asdict(score).items()}}
     progress.history.append(row)
     fit.bar.note = f", valid log loss {score.loss:.3f}, AUROC {score.auroc:.3f}"
-    stale = [r for r in progress.history if r["step"] > progress.best_step]
-    finished = clock.progress() >= 1 or bool(options.patience and len(stale) >= options.patience)
+    finished = clock.progress() >= 1 or _stale(fit)
     if improved or finished or options.minutes is None or clock.seconds() - before >= save_gap:
         progress.seconds = clock.seconds()
         if team.rank == 0:
             save_state(fit.folder / "checkpoints", fit.trainee, replace(fit.meta, metrics=row), best=improved)
     if fit.tracker is not None and team.rank == 0:
         fit.tracker.log({k: float(v) for k, v in row.items() if k != "epoch" and math.isfinite(v)}, progress.epoch)
+    fit.draw_apart()
     return finished
 
 # %% ../../nbs/37_training.fit_classify.ipynb #a387d449
@@ -225,7 +237,7 @@ def _run(fit: ClassifyFit) -> None:
     "As many epochs as the options ask for, less those that are done; half the batch when memory runs out."
     epochs = fit.options.epochs - fit.trainee.progress.epoch if fit.options.minutes is None else 10**6
     fit.clock.total_steps = max(1, fit.clock.step + epochs * len(fit.batches))
-    if epochs <= 0 or fit.clock.progress() >= 1:
+    if epochs <= 0 or fit.clock.progress() >= 1 or _stale(fit):
         return
     callbacks = fit.callbacks()
     if fit_within_memory(fit.learn, epochs, callbacks, fit.precision, fit.options.batch_size > 1 and fit.team.size == 1):
@@ -234,6 +246,15 @@ def _run(fit: ClassifyFit) -> None:
     free_cache()
     fit.bar.note = f", out of memory: batch now {fit.options.batch_size}"
     _run(fit)
+
+
+def _write(fit: ClassifyFit, metrics: dict[str, Any]) -> CheckpointMeta:
+    "History and curves, then weights and description: with these the training is finished."
+    write_history(fit.folder, fit.trainee.progress.history)
+    meta = save_checkpoint(fit.folder, fit.trainee.average, replace(fit.meta, metrics=metrics))
+    if fit.tracker is not None:
+        [fit.tracker.artefact(fit.folder / name) for name in ("history.csv", "curves.png", META)]
+    return meta
 
 
 def _finish(fit: ClassifyFit) -> ClassifyResult:
@@ -246,13 +267,8 @@ def _finish(fit: ClassifyFit) -> ClassifyResult:
     fit.team.wait()
     fit.trainee.average.load_state_dict(load_tensors(best / WEIGHTS, read_meta(best).weights_sha256))
     fit.trainee.average.eval()
-    if fit.team.rank == 0:
-        save_checkpoint(fit.folder, fit.trainee.average, replace(fit.meta, metrics=read_meta(best).metrics))
-        write_history(fit.folder, progress.history)
-        if fit.tracker is not None:
-            [fit.tracker.artefact(fit.folder / name) for name in ("history.csv", "curves.png", META)]
-    fit.team.wait()
-    return ClassifyResult(fit.folder, read_meta(fit.folder), progress.history, progress.history[-1]["images"], seconds)
+    meta = fit.team.decide(lambda: _write(fit, read_meta(best).metrics))
+    return ClassifyResult(fit.folder, meta, progress.history, progress.history[-1]["images"], seconds)
 
 # %% ../../nbs/37_training.fit_classify.ipynb #a94ffb98
 def fit_classify(
@@ -277,6 +293,7 @@ def fit_classify(
     fit.tracker = tracker
     if resume:
         _resume(fit)
+    fit.draw_apart()
     fit.prepare()
     _run(fit)
     return _finish(fit)

@@ -22,6 +22,7 @@ from ..core.config import ClassifyConfig
 from ..core.files import atomic_write, read_json, write_text
 from ..core.provenance import MANIFEST, start_run
 from ..core.registry import EqError, named_once, unknown_name
+from ..core.remake import remade
 from ..core.results import CheckpointMeta, Interval
 from ..data.leak_report import leak_verdict
 from ..data.leakage import check_leaks
@@ -34,7 +35,7 @@ from ..reporting.model_card import CardFacts, model_card
 from ..training.ddp import need_accelerate, start_team
 from ..training.lr_finder import RangeCurve, RangePlan, find_rate, write_rates
 from .classify_alike import picture_table
-from .classify_stages import ingested, pictures_of, placed, prepared, renew, split_of, told
+from .classify_stages import ingested, pictures_of, placed, prepared, split_of, told
 from .classify_train import fit_options
 
 # %% ../../nbs/73h_workflows.classify_tools.ipynb #f1507d5c
@@ -174,8 +175,8 @@ def range_test(
 ) -> tuple[RangeCurve, Path]:  # Curve, and the folder of rates.png and rates.csv
     "A learning rate range test. Raises EqError where an earlier stage is missing."
     split = split_of(config, ingested(config))
-    target = renew(placed(config.paths.root_dir) / "rate") if out is None else out
-    with start_run("classify-rate", target, told(config)) as run:
+    target = out or placed(config.paths.root_dir) / "rate"
+    with remade("classify-rate", target, told(config)) if out is None else start_run("classify-rate", out, told(config)) as run:
         model, meta = prepared(config, run)
         train = pictures_of(config, split, ("train",), meta.classes, quiet)[0]
         with tqdm(total=plan.steps, desc="rising rate", unit="step", disable=quiet or None) as bar:
@@ -184,7 +185,7 @@ def range_test(
         with atomic_write(run.dir / RATES) as temp:
             pd.DataFrame({"learning_rate": curve.rates, "training_loss": curve.losses}).to_csv(temp, index=False)
         run.add_metrics({"suggestion": curve.suggestion})
-    return curve, run.dir
+    return curve, target
 
 
 def said_rate(
@@ -284,10 +285,11 @@ def check_team(
 def train_in_processes(
     config: ClassifyConfig,  # Section classify
     processes: int,  # How many on this machine
+    resume: bool = False,  # Go on with the training that was cut off
 ) -> None:
     "Stage 3 in several processes, which print as they go. Raises EqError when they fail."
     check_team(config, processes)
-    reason = [] if config.allow_leak is None else ["--allow-leak", config.allow_leak]
+    reason = ([] if config.allow_leak is None else ["--allow-leak", config.allow_leak]) + ["--resume"] * resume
     done = start_team(["-m", "eq", "classify", "train", "--processes", str(processes), *reason], processes, show=True)
     if done.returncode:
         raise EqError(f"training in {processes} processes ended with exit code {done.returncode}; what they said stands above")
