@@ -5,11 +5,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from eq.core.files import read_json, write_json
 from eq.core.provenance import verify_run
 from eq.data.cohort import Cohort, save_cohort
+from eq.inference.anomaly_places import map_names
 from eq.models.checkpoint import read_meta
 from eq.workflows.anomaly_judge import evaluate_anomaly
-from eq.workflows.anomaly_train import AnomalyRequest, train_anomaly
+from eq.workflows.anomaly_lesson import split_normals
+from eq.workflows.anomaly_train import AnomalyRequest, anomaly_settings, train_anomaly
 from eq.workflows.cli import main
 
 SMALL = {"size": 32, "latent": 8, "width": 0.05, "normal": "well", "epochs": 1, "batch_size": 16, "tracker": "none"}
@@ -53,6 +56,27 @@ def test_labels_of_test_images_change_nothing_before_the_verdict(ward, tmp_path)
     assert thresholds[0] == thresholds[1]
 
 
+def test_pixels_of_normal_test_images_change_nothing_before_the_verdict(ward, tmp_path):
+    "Normal test images are replaced by others: weights, and thresholds of networks and baselines, stay to the last bit; only what is said of them changes."
+    tested = split_normals(ward, anomaly_settings(SMALL)).test.table
+    mine = set(tested.loc[tested["label"] == "well", "image"])
+    assert len(mine) >= 2
+    other, rng = ward.table.copy(), np.random.default_rng(5)
+    for i, image in enumerate(sorted(mine)):
+        Image.fromarray(rng.integers(0, 255, (40, 40), dtype=np.uint8)).save(tmp_path / f"other{i}.png")
+        other.loc[other["image"] == image, "image"] = str(tmp_path / f"other{i}.png")
+    changed = Cohort(other, name="ward", task="classify", synthetic=True)
+    runs = [train_anomaly(AnomalyRequest(source=c, out=tmp_path / n, values=SMALL, allow_leak="drawn alike", quiet=True))
+            for n, c in (("a", ward), ("b", changed))]
+    assert [r.meta.weights_sha256 for r in runs[0].values()] == [r.meta.weights_sha256 for r in runs[1].values()]
+    for reading in ({}, {"map": "by_place"}):
+        reports = [evaluate_anomaly([r.folder for r in run.values()], c, tmp_path / f"j{i}{len(reading)}", ("pca",), quiet=True, reading=reading)
+                   for i, (run, c) in enumerate(zip(runs, (ward, changed), strict=True))]
+        thresholds = [{n: s.threshold for n, s in r.verdicts[0].scores.items()} for r in reports]
+        assert thresholds[0] == thresholds[1] and {"unet", "reversed", "pca"} <= set(thresholds[0])
+        assert not np.array_equal(reports[0].witnesses["unet"].test.scores, reports[1].witnesses["unet"].test.scores)
+
+
 def test_train_resume_and_judge_from_the_command_line(ward, tmp_path, capsys):
     save_cohort(ward, tmp_path / "ward.csv")
     out = tmp_path / "run"
@@ -66,6 +90,11 @@ def test_train_resume_and_judge_from_the_command_line(ward, tmp_path, capsys):
     assert main(["evaluate", "anomaly", *asked]) == 0
     told = capsys.readouterr().out
     assert "AUROC" in told and "report.html" in told and (tmp_path / "judged" / "report.html").is_file()
+    capsys.readouterr()
+    assert main(["evaluate", "anomaly", *asked[:-1], str(tmp_path / "again"), "--map", "ssim", "--reduce", "top", "--quantile", "0.8"]) == 0
+    params = read_json(tmp_path / "again" / "manifest.json")["params"]
+    assert params["reading"] == {"map": "ssim", "reduce": "top", "quantile": 0.8} == {k: params["config"][k] for k in params["reading"]}
+    assert read_json(tmp_path / "judged" / "manifest.json")["params"]["reading"] == {"map": "l1", "reduce": "mean", "quantile": 0.95}
     images = pd.read_csv(tmp_path / "judged" / "images.csv")
     trained = set(read_meta(out / "unet").data["parts"]["train"])
     assert not trained & set(images["image"]) and {"unet", "brightness"} <= set(images.columns)
@@ -80,12 +109,15 @@ def test_train_resume_and_judge_from_the_command_line(ward, tmp_path, capsys):
     (["train", "anomaly", "--no-wandb", "--wandb-project", "x"], "valid: one of them"),
     (["train", "anomaly", "--resume", "nowhere"], "nothing to resume at nowhere"),
     (["train", "anomaly", "--source", "kaggle:owner"], "kaggle"),
+    (["train", "anomaly", "--resume", "otherverb"], "nothing to resume at otherverb"),
+    (["train", "anomaly", "--reduce", "max"], "unknown reduction of a map 'max'"),
     (["evaluate", "anomaly", "--model", "nowhere"], "no checkpoint here"),
     (["evaluate", "anomaly"], "--model"),
 ])
 def test_wrong_input_is_answered_in_one_line(args, said, capsys, monkeypatch, tmp_path, ward):
     monkeypatch.chdir(tmp_path)
     save_cohort(ward, tmp_path / "ward.csv")
+    write_json(tmp_path / "otherverb" / "request.json", {"verb": "mito", "source": "em"})  # as other verbs leave one
     more = ["--source", "ward.csv"] if "--normal" in args else []
     assert main([*args, *more]) == 2
     error = capsys.readouterr().err
@@ -95,4 +127,7 @@ def test_wrong_input_is_answered_in_one_line(args, said, capsys, monkeypatch, tm
 def test_help_names_every_option(capsys):
     assert main(["train", "anomaly", "--help"]) == 0
     told = capsys.readouterr().out
+    assert main(["evaluate", "anomaly", "--help"]) == 0
+    maps = capsys.readouterr().out
+    assert all(f"--{name}" in maps for name in ("map", "reduce", "quantile")) and all(name in maps for name in map_names())
     assert all(f"--{name}" in told for name in ("arch", "samples", "epochs", "resume", "no-wandb", "wandb-project", "patience", "delta")) and "Examples:" in told

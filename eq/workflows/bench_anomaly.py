@@ -32,7 +32,8 @@ from ..models.normality import Findings
 from ..training.fit_anomaly import AnomalyOptions, fit_anomaly
 from ..training.introspective import OBJECTIVES, take_step
 from ..training.optimiser import create_optimiser
-from .anomaly_judge import Exam, Verdict, Witness, examine, examine_baselines, make_exam, pass_verdict, together
+from .anomaly_exam import Exam, Witness, examine, examine_baselines, make_exam, together
+from .anomaly_judge import Verdict, pass_verdict
 from .anomaly_lesson import split_normals
 from .anomaly_train import describe_autoencoder, fit_options
 from .bench import Row, Sitting, write_plot
