@@ -1,5 +1,8 @@
 """`eq train anomaly` and `eq evaluate anomaly` as a user types them, and what labels of test images can change: nothing before the verdict."""
 
+import zipfile
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -98,6 +101,27 @@ def test_train_resume_and_judge_from_the_command_line(ward, tmp_path, capsys):
     images = pd.read_csv(tmp_path / "judged" / "images.csv")
     trained = set(read_meta(out / "unet").data["parts"]["train"])
     assert not trained & set(images["image"]) and {"unet", "brightness"} <= set(images.columns)
+
+
+def test_a_network_from_a_stream_is_judged_on_the_patients_that_it_held_out(ward, tmp_path, capsys):
+    "Not on the stream, which keeps no image; on the unpacked set, whose files say by their names who was held out."
+    folder, table = tmp_path / "set", ward.table
+    for row in table.itertuples():
+        target = folder / ("well" if row.label == "well" else "ill") / row.image.rsplit("/", 1)[-1]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(Path(row.image).read_bytes())
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        [archive.write(p, p.relative_to(folder)) for p in sorted(folder.rglob("*.png"))]
+    assert main(["train", "anomaly", "--arch", "unet", "--source", str(tmp_path / "set.zip"), "--out", str(tmp_path / "run"), *options()]) == 0
+    asked = ["evaluate", "anomaly", "--model", str(tmp_path / "run" / "unet"), "--baseline", "brightness"]
+    capsys.readouterr()
+    for more in ([], ["--source", "kaggle:owner/set"], ["--source", str(tmp_path / "set.zip")]):
+        assert main([*asked, *more]) == 2
+        assert "give --source FOLDER or CSV of images that took no part" in capsys.readouterr().err
+    assert main([*asked, "--source", str(folder), "--out", str(tmp_path / "judged")]) == 0
+    data, images = read_meta(tmp_path / "run" / "unet").data, pd.read_csv(tmp_path / "judged" / "images.csv")
+    tested = {Path(i).name for i in images.loc[images["label"] == "well", "image"]}
+    assert len(tested) == data["held"]["images"] > 0 and not tested & {Path(n).name for part in data["parts"].values() for n in part}
 
 
 @pytest.mark.parametrize("args, said", [

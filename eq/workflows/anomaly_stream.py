@@ -8,7 +8,7 @@ __all__ = ['RULE', 'TRAINING', 'is_stream', 'patient_of', 'is_held', 'Choice', '
 
 # %% ../../nbs/73ka_workflows.anomaly_stream.ipynb #ee9c6a9e
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -127,11 +127,11 @@ def with_names(
 ) -> Cohort:  # Labels and patients as a stream reads them, where the cohort has none
     "The folder an image lies in is its label, its name up to the last underscore its patient."
     paths = [str(p) for p in cohort.table["image"]]
-    missing = "label" not in cohort.table or not (cohort.table["label"].fillna("").astype(str) != "").any()
+    missing = "label" not in cohort.table or set(cohort.table["label"].fillna("").astype(str)) <= {""}
     table = cohort.table.assign(label=[label_of(Path(p).as_posix()) for p in paths]) if missing else cohort.table
     if cohort.split_unit != "image":
-        return Cohort(**cohort.info | {"table": table})
-    return Cohort(**cohort.info | {"table": table.assign(subject=[patient_of(p) for p in paths]), "split_unit": "subject"})
+        return replace(cohort, table=table)
+    return replace(cohort, table=table.assign(subject=[patient_of(p) for p in paths]), split_unit="subject")
 
 
 def split_streamed(
