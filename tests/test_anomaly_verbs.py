@@ -1,15 +1,21 @@
 """`eq train anomaly` and `eq evaluate anomaly` as a user types them, and what labels of test images can change: nothing before the verdict."""
 
+import zipfile
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
+from eq.core.files import read_json, write_json
 from eq.core.provenance import verify_run
 from eq.data.cohort import Cohort, save_cohort
+from eq.inference.anomaly_places import map_names
 from eq.models.checkpoint import read_meta
 from eq.workflows.anomaly_judge import evaluate_anomaly
-from eq.workflows.anomaly_train import AnomalyRequest, train_anomaly
+from eq.workflows.anomaly_lesson import split_normals
+from eq.workflows.anomaly_train import AnomalyRequest, anomaly_settings, train_anomaly
 from eq.workflows.cli import main
 
 SMALL = {"size": 32, "latent": 8, "width": 0.05, "normal": "well", "epochs": 1, "batch_size": 16, "tracker": "none"}
@@ -53,6 +59,27 @@ def test_labels_of_test_images_change_nothing_before_the_verdict(ward, tmp_path)
     assert thresholds[0] == thresholds[1]
 
 
+def test_pixels_of_normal_test_images_change_nothing_before_the_verdict(ward, tmp_path):
+    "Normal test images are replaced by others: weights, and thresholds of networks and baselines, stay to the last bit; only what is said of them changes."
+    tested = split_normals(ward, anomaly_settings(SMALL)).test.table
+    mine = set(tested.loc[tested["label"] == "well", "image"])
+    assert len(mine) >= 2
+    other, rng = ward.table.copy(), np.random.default_rng(5)
+    for i, image in enumerate(sorted(mine)):
+        Image.fromarray(rng.integers(0, 255, (40, 40), dtype=np.uint8)).save(tmp_path / f"other{i}.png")
+        other.loc[other["image"] == image, "image"] = str(tmp_path / f"other{i}.png")
+    changed = Cohort(other, name="ward", task="classify", synthetic=True)
+    runs = [train_anomaly(AnomalyRequest(source=c, out=tmp_path / n, values=SMALL, allow_leak="drawn alike", quiet=True))
+            for n, c in (("a", ward), ("b", changed))]
+    assert [r.meta.weights_sha256 for r in runs[0].values()] == [r.meta.weights_sha256 for r in runs[1].values()]
+    for reading in ({}, {"map": "by_place"}):
+        reports = [evaluate_anomaly([r.folder for r in run.values()], c, tmp_path / f"j{i}{len(reading)}", ("pca",), quiet=True, reading=reading)
+                   for i, (run, c) in enumerate(zip(runs, (ward, changed), strict=True))]
+        thresholds = [{n: s.threshold for n, s in r.verdicts[0].scores.items()} for r in reports]
+        assert thresholds[0] == thresholds[1] and {"unet", "reversed", "pca"} <= set(thresholds[0])
+        assert not np.array_equal(reports[0].witnesses["unet"].test.scores, reports[1].witnesses["unet"].test.scores)
+
+
 def test_train_resume_and_judge_from_the_command_line(ward, tmp_path, capsys):
     save_cohort(ward, tmp_path / "ward.csv")
     out = tmp_path / "run"
@@ -66,9 +93,35 @@ def test_train_resume_and_judge_from_the_command_line(ward, tmp_path, capsys):
     assert main(["evaluate", "anomaly", *asked]) == 0
     told = capsys.readouterr().out
     assert "AUROC" in told and "report.html" in told and (tmp_path / "judged" / "report.html").is_file()
+    capsys.readouterr()
+    assert main(["evaluate", "anomaly", *asked[:-1], str(tmp_path / "again"), "--map", "ssim", "--reduce", "top", "--quantile", "0.8"]) == 0
+    params = read_json(tmp_path / "again" / "manifest.json")["params"]
+    assert params["reading"] == {"map": "ssim", "reduce": "top", "quantile": 0.8} == {k: params["config"][k] for k in params["reading"]}
+    assert read_json(tmp_path / "judged" / "manifest.json")["params"]["reading"] == {"map": "l1", "reduce": "mean", "quantile": 0.95}
     images = pd.read_csv(tmp_path / "judged" / "images.csv")
     trained = set(read_meta(out / "unet").data["parts"]["train"])
     assert not trained & set(images["image"]) and {"unet", "brightness"} <= set(images.columns)
+
+
+def test_a_network_from_a_stream_is_judged_on_the_patients_that_it_held_out(ward, tmp_path, capsys):
+    "Not on the stream, which keeps no image; on the unpacked set, whose files say by their names who was held out."
+    folder, table = tmp_path / "set", ward.table
+    for row in table.itertuples():
+        target = folder / ("well" if row.label == "well" else "ill") / row.image.rsplit("/", 1)[-1]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(Path(row.image).read_bytes())
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        [archive.write(p, p.relative_to(folder)) for p in sorted(folder.rglob("*.png"))]
+    assert main(["train", "anomaly", "--arch", "unet", "--source", str(tmp_path / "set.zip"), "--out", str(tmp_path / "run"), *options()]) == 0
+    asked = ["evaluate", "anomaly", "--model", str(tmp_path / "run" / "unet"), "--baseline", "brightness"]
+    capsys.readouterr()
+    for more in ([], ["--source", "kaggle:owner/set"], ["--source", str(tmp_path / "set.zip")]):
+        assert main([*asked, *more]) == 2
+        assert "give --source FOLDER or CSV of images that took no part" in capsys.readouterr().err
+    assert main([*asked, "--source", str(folder), "--out", str(tmp_path / "judged")]) == 0
+    data, images = read_meta(tmp_path / "run" / "unet").data, pd.read_csv(tmp_path / "judged" / "images.csv")
+    tested = {Path(i).name for i in images.loc[images["label"] == "well", "image"]}
+    assert len(tested) == data["held"]["images"] > 0 and not tested & {Path(n).name for part in data["parts"].values() for n in part}
 
 
 @pytest.mark.parametrize("args, said", [
@@ -80,12 +133,15 @@ def test_train_resume_and_judge_from_the_command_line(ward, tmp_path, capsys):
     (["train", "anomaly", "--no-wandb", "--wandb-project", "x"], "valid: one of them"),
     (["train", "anomaly", "--resume", "nowhere"], "nothing to resume at nowhere"),
     (["train", "anomaly", "--source", "kaggle:owner"], "kaggle"),
+    (["train", "anomaly", "--resume", "otherverb"], "nothing to resume at otherverb"),
+    (["train", "anomaly", "--reduce", "max"], "unknown reduction of a map 'max'"),
     (["evaluate", "anomaly", "--model", "nowhere"], "no checkpoint here"),
     (["evaluate", "anomaly"], "--model"),
 ])
 def test_wrong_input_is_answered_in_one_line(args, said, capsys, monkeypatch, tmp_path, ward):
     monkeypatch.chdir(tmp_path)
     save_cohort(ward, tmp_path / "ward.csv")
+    write_json(tmp_path / "otherverb" / "request.json", {"verb": "mito", "source": "em"})  # as other verbs leave one
     more = ["--source", "ward.csv"] if "--normal" in args else []
     assert main([*args, *more]) == 2
     error = capsys.readouterr().err
@@ -95,4 +151,7 @@ def test_wrong_input_is_answered_in_one_line(args, said, capsys, monkeypatch, tm
 def test_help_names_every_option(capsys):
     assert main(["train", "anomaly", "--help"]) == 0
     told = capsys.readouterr().out
+    assert main(["evaluate", "anomaly", "--help"]) == 0
+    maps = capsys.readouterr().out
+    assert all(f"--{name}" in maps for name in ("map", "reduce", "quantile")) and all(name in maps for name in map_names())
     assert all(f"--{name}" in told for name in ("arch", "samples", "epochs", "resume", "no-wandb", "wandb-project", "patience", "delta")) and "Examples:" in told

@@ -42,14 +42,14 @@ def train(out: Path, arch: str, resume: bool = False, valid_seed: int = 1, **cha
     return fit_anomaly(model, normals(10, 0), normals(4, valid_seed), replace(options, **changes), meta, out, resume=resume)
 
 
-def _child(out: Path, arch: str, resume: bool, fault: Fault | None) -> None:
+def _child(out: Path, arch: str, resume: bool, fault: Fault | None, precision: str = "fp32") -> None:
     """One run; exit code 2 for what a user can mend."""
     from eq.core.registry import EqError
 
     if fault is not None:
         _watch(out, _strike(fault))
     try:
-        train(out, arch, resume)
+        train(out, arch, resume, precision=precision)
     except EqError as error:
         print(f"eq: error: {error}", flush=True)
         os._exit(2)
@@ -65,9 +65,9 @@ def context():  # noqa: ANN201
     return found
 
 
-def run(context, out: Path, arch: str, resume: bool = False, fault: Fault | None = None) -> int:  # noqa: ANN001
+def run(context, out: Path, arch: str, resume: bool = False, fault: Fault | None = None, precision: str = "fp32") -> int:  # noqa: ANN001
     """Run to the end; the exit code, negative for a signal."""
-    child = context.Process(target=_child, args=(out, arch, resume, fault))
+    child = context.Process(target=_child, args=(out, arch, resume, fault, precision))
     child.start()
     child.join(120)
     assert child.exitcode is not None, "training hangs"
@@ -125,6 +125,16 @@ def test_kill_or_full_disk_inside_a_checkpoint(context, reference: dict, operati
     check_folder(out)
     assert run(context, out, "reversed", resume=True) == 0
     assert weights(out) == reference["reversed"][0]
+
+
+@pytest.mark.parametrize("arch", ["reversed", "unet"])
+def test_resume_is_exact_in_the_precision_that_auto_picks(context, arch: str, tmp_path: Path) -> None:  # noqa: ANN001
+    """bf16 where this processor multiplies it, fp32 elsewhere: killed in the second checkpoint and resumed, the same bits."""
+    assert run(context, tmp_path / "whole", arch, precision="auto") == 0
+    assert run(context, tmp_path / "killed", arch, fault=Fault("kill", 24), precision="auto") == -signal.SIGKILL
+    assert (tmp_path / "killed" / LAST).exists(), "killed before the first checkpoint"
+    assert run(context, tmp_path / "killed", arch, resume=True, precision="auto") == 0
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
 
 
 def test_no_label_can_enter() -> None:

@@ -7,7 +7,7 @@ __all__ = ['STREAMS', 'Bytes', 'StreamItem', 'StreamPlan', 'StreamKind', 'Stream
 
 # %% ../../nbs/19s_data.stream.ipynb #5e3f7b30
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -50,6 +50,7 @@ class StreamPlan:
     memory_mb: int = 500  # Everything above what the program takes without a stream
     limit: int | None = None  # Samples of all processes together, taken at random; None: all
     labels: tuple[str, ...] | None = None  # Only of these folders; None: of all
+    pick: Callable[[Sequence[str]], Collection[str]] | None = None  # Given the names of all, those that may be taken; None: all
     quiet: bool = False  # No progress bar
     patience: DownloadPlan = field(default=DownloadPlan("http://unset.invalid"))  # With servers
 
@@ -122,12 +123,12 @@ class Stream:
         found = self.origin.entries
         if not found:
             raise EqError(f"{self.origin.name} holds no image; valid: {', '.join(SUFFIXES)}")
-        if self.plan.labels is None:
-            return found
         there = {label_of(e.name) for e in found}
-        if missing := sorted(set(self.plan.labels) - there):
+        if missing := sorted(set(self.plan.labels or ()) - there):
             raise EqError(f"{self.origin.name} has no folder {missing[0]!r} with images; it has {sorted(there)[:20]}")
-        return [e for e in found if label_of(e.name) in self.plan.labels]
+        may = None if self.plan.pick is None else set(self.plan.pick([e.name for e in found]))
+        labels = there if self.plan.labels is None else self.plan.labels
+        return [e for e in found if label_of(e.name) in labels and (may is None or e.name in may)]
 
     def _fits(self, entry: Entry) -> bool:
         if entry.stop - entry.start > self._window:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Given', 'OBJECTIVES', 'Balance', 'kl_to_normal', 'squared_error', 'embedding_distance', 'encoder_loss',
-           'decoder_loss', 'plain_loss', 'add_noise', 'Phase', 'Objective', 'denoise', 'introspect', 'take_step']
+           'decoder_loss', 'plain_loss', 'add_noise', 'Phase', 'Objective', 'denoise', 'introspect',
+           'trained_precision', 'take_step']
 
 # %% ../../nbs/31e_training.introspective.ipynb #38985df8
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity, interpolate, mse_loss
 
+from ..core.device import pick_precision
 from ..core.registry import EqError, Registry
 from ..models.autoencoder import Autoencoder, ReversedAutoencoder, draw
 
@@ -181,6 +183,17 @@ def introspect(
 
 OBJECTIVES.register("unet")(Objective(denoise, lambda balance: lambda x, generator: add_noise(x, balance.noise, generator)))
 OBJECTIVES.register("reversed")(Objective(introspect, lambda balance: lambda x, generator: x))
+
+
+def trained_precision(
+    device: str,  # Where the network runs
+    precision: str = "auto",  # auto, bf16 or fp32
+) -> str:  # bf16 or fp32
+    "What `take_step` may compute in. Raises EqError for fp16, and for an unknown name."
+    if precision == "fp16":
+        raise EqError("precision 'fp16': small gradients would be 0, because the loss of an autoencoder is not scaled; valid: auto, bf16, fp32")
+    chosen = pick_precision(device, precision)
+    return "fp32" if chosen == "fp16" else chosen
 
 
 def take_step(

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['RESUME', 'Progress', 'random_state', 'set_random_state', 'optimizer_state', 'set_optimizer_state', 'point', 'prune',
-           'Trainee', 'save_state', 'load_state']
+           'Trainee', 'Held', 'hold', 'save_state', 'load_state']
 
 # %% ../../nbs/33_training.state.ipynb #4b02a591
 import os
 import random
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import nn
 from ..core.files import read_json, sync, write_json
 from ..core.registry import EqError
 from ..core.results import CheckpointMeta
-from ..models.checkpoint import META, load_tensors, save_checkpoint, save_tensors
+from ..models.checkpoint import META, WEIGHTS, load_tensors, save_checkpoint, save_tensors
 
 # %% ../../nbs/33_training.state.ipynb #dc2a4fff
 @dataclass
@@ -34,6 +34,7 @@ class Progress:
     best: float | None = None  # best validation score so far, higher is better (Dice, minus log loss); None before the first
     best_step: int = -1  # the step it was reached at
     history: list[dict[str, Any]] = field(default_factory=list)  # one row an epoch
+    batch_size: int = 0  # images a step where memory had no room for as many as asked for; 0: as asked for
 
 
 def _python_state() -> list[Any]:
@@ -123,31 +124,62 @@ class Trainee:
     optimizer: torch.optim.Optimizer
     progress: Progress
 
+# %% ../../nbs/33_training.state.ipynb #9f93b175
+@dataclass(frozen=True)
+class Held:
+    "A best epoch that is over and not yet written, because a run by minutes does not save after each."
 
+    step: int
+    weights: dict[str, torch.Tensor]  # on the CPU
+    meta: CheckpointMeta
+
+
+def hold(
+    trainee: Trainee,  # After its best epoch so far
+    meta: CheckpointMeta,  # Description of the averaged network
+) -> Held:  # For the next `save_state`
+    "A copy in memory of what would be written."
+    return Held(trainee.progress.step, {k: v.detach().to("cpu", copy=True) for k, v in trainee.average.state_dict().items()}, meta)
+
+
+def _step_folder(checkpoints: Path, step: int) -> Path:
+    "Where a step goes; what a kill left there is gone."
+    folder = checkpoints / f"step-{step:06d}"
+    if folder.exists():
+        shutil.rmtree(folder)
+    return folder
+
+
+def _write_held(folder: Path, held: Held) -> None:
+    "Weights alone: nobody resumes from them."
+    write_json(folder / META, replace(held.meta, weights_sha256=save_tensors(folder / WEIGHTS, held.weights)).to_dict())
+
+# %% ../../nbs/33_training.state.ipynb #c870d1be
 def save_state(
     checkpoints: Path,  # Folder for step-* folders
     trainee: Trainee,  # What changes while training
     meta: CheckpointMeta,  # Description of the averaged network
-    best: bool,  # Turn `best` to it as well
+    best: bool | Held,  # Turn `best` to it as well; or to what was held since the last save
 ) -> Path:  # The step folder
     "Writes a checkpoint that can be used and resumed from, then links it. Raises EqError when the disk is full; earlier ones stay."
-    folder = checkpoints / f"step-{trainee.progress.step:06d}"
-    if folder.exists():
-        shutil.rmtree(folder)
+    folder = _step_folder(checkpoints, trainee.progress.step)
+    champion = _step_folder(checkpoints, best.step) if isinstance(best, Held) else folder
     random_tensors, random_values = random_state()
     opt_tensors, groups = optimizer_state(trainee.optimizer)
     own = {} if trainee.average is trainee.model else trainee.model.state_dict()  # the same weights need not be written twice
     model = {f"model.{k}": v for k, v in own.items()}
     try:
+        if isinstance(best, Held):
+            _write_held(champion, best)
         save_checkpoint(folder, trainee.average, meta)
         digest = save_tensors(folder / f"{RESUME}.safetensors", {**model, **opt_tensors, **random_tensors})
         write_json(folder / f"{RESUME}.json", {"sha256": digest, "groups": groups, "random": random_values, "progress": vars(trainee.progress)})
     except EqError:
-        shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint only fills the disk further
+        [shutil.rmtree(half, ignore_errors=True) for half in {folder, champion}]  # half a checkpoint only fills the disk further
         raise
     point(checkpoints / "last", folder)
     if best:
-        point(checkpoints / "best", folder)
+        point(checkpoints / "best", champion)
     prune(checkpoints)
     return folder
 

@@ -100,10 +100,12 @@ def make_lesson(
 ) -> Lesson:  # Normal images only
     "Splits and reads, or streams. Raises EqError for leaks, for images that cannot be used, and where nothing is normal."
     if isinstance(source, str) and is_stream(source):
-        train, valid, told = stream_normals(source, config, quiet)
+        given = stream_normals(source, config, quiet)
+        train, valid, left_out = given.train, given.valid, given.left_out
         about: dict[str, Any] = {"source": address_of(source), "terms": "", "synthetic": source.startswith("synthetic"), "unit": "subject", "scheme": "stream", "options": {}}
+        about["held"] = given.held
         leaks = stop_at_leaks(stream_leaks(train, valid), allow_leak)
-        metrics, left_out = {"stream": told}, {}
+        metrics: dict[str, Any] = {"stream": given.told}
     else:
         split = split_normals(source, config)
         leaks = check_leaks(split, allow_leak, quiet)

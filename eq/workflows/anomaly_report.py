@@ -68,7 +68,7 @@ def anomaly_page(
     found, unit = first.scores[name], report.exam.split.unit
     shown = (*trained, first.best([n for n in first.scores if n not in trained]))
     stats = tuple(Stat(f"{first.scores[n].auroc.estimate:.3f}", f"AUROC, {n}", f"{first.scores[n].auroc}") for n in shown)
-    told = f"Intervals are drawn over {unit}s, {found.patients} of them. Exposure: {config.intensity}. "
+    told = f"Intervals are drawn over {unit}s, {found.patients} of them. Exposure: {config.intensity}. Networks are read by the map {config.map}, {config.reduce}. "
     told += f"Thresholds are the {config.quantile:g} quantile of normal validation images."
     seen = report.witnesses[name].test
     checks = tuple(Check(f"{n}: no image leaks between the parts that it was trained and tested on", *known) for n, known in report.leaks.items())

@@ -31,6 +31,7 @@ from .counterfactual_data import DESIGN, FAMILIES, Glomeruli, is_synthetic, pain
 from eq.workflows.counterfactual_folds import (
     NetworkPlan,
     added_grades,
+    check_stain,
     compare_glomeruli,
     cross_fit,
     deal_animals,
@@ -149,6 +150,8 @@ def predict_counterfactual(
     "Redraws a cohort. Raises EqError where masks, subjects, grades or healthy glomeruli are missing, and for animals that share images, unless a reason is given."
     csv, painted, folder = Path(request.csv), is_synthetic(request.csv), None if request.checkpoint is None else checkpoint_folder(request.checkpoint)
     side = request.plan.side if folder is None else read_meta(folder).tile
+    if folder is not None:
+        check_stain(read_meta(folder), request.stain)
     leaks = check_leaks(by_subject(load_cohort(csv)), request.allow_leak, request.quiet, ADVICE) if folder is None else None
     with start_run("counterfactual", request.out, request.settings(), resume=request.resume) as run:
         run.add_input(csv)

@@ -45,6 +45,7 @@ class Glomeruli:
     unseen: dict[str, str] = field(default_factory=dict)  # Id to why there is no view
     ratings: pd.DataFrame = field(default_factory=pd.DataFrame)  # id, rater, score
     scored_by: str = ""  # Who gave the scores, in words
+    stain: str = ""  # What the densities of the views are of: a name of eq.data.stain.STAINS
 
     @property
     def truth(self) -> pd.Series:  # Index id, grades; those without one are left out
@@ -122,7 +123,7 @@ def read_glomeruli(
             measured.append({"id": one["id"], **values})
     if not measured:
         raise EqError(f"{csv}: no glomerulus lies whole in one of {len(images)} images")
-    return Glomeruli(pd.concat(tables, ignore_index=True), pd.DataFrame(measured), views, unseen)
+    return Glomeruli(pd.concat(tables, ignore_index=True), pd.DataFrame(measured), views, unseen, stain=stain)
 
 # %% ../../nbs/74ca_workflows.counterfactual_data.ipynb #9ea84a34
 def _one(source: CropSource, row: dict[str, Any], features: list[Any], side: int, views: dict[str, View], unseen: dict[str, str]) -> dict[str, Any]:
