@@ -17,10 +17,9 @@ from tqdm.auto import tqdm
 from ..core.files import atomic_write
 from ..core.provenance import Run, start_run
 from ..core.registry import EqError
+from ..data.class_folder import named_slices
 from ..data.io import open_image
 from ..data.listing import list_pictures
-from ..data.source_classes import CT_BLOCK, unbroken_runs
-from ..data.split import contiguous_blocks, position
 from ..inference.classify import BATCH, DONE, FAILED, Classifier, read_for
 from ..inference.picture_features import embed_pictures
 from eq.inference.project import (
@@ -40,18 +39,18 @@ from ..reporting.plotly_page import plotly_objects
 # %% ../../nbs/73ga_workflows.classify_alike.ipynb #a5ca6f8c
 def picture_table(
     pictures: Iterable[Path],  # From `list_pictures`
-) -> pd.DataFrame:  # image, name, label, block, run, unit (what no neighbour is taken from)
+) -> pd.DataFrame:  # image, name, label, what `named_slices` tells, unit (what no neighbour is taken from)
     "Pictures with the class that their folder names."
     paths = list(dict.fromkeys(p.absolute() for p in pictures))
     folders, labels = [str(p.parent) for p in paths], [p.parent.name for p in paths]
+    places = labels if len(set(labels)) == len(set(folders)) else folders
     table = pd.DataFrame({"image": [str(p) for p in paths], "name": [f"{p.parent.name}/{p.name}" for p in paths], "label": labels})
-    table["block"], table["run"] = table["image"], labels
-    numbered = [i for i, p in enumerate(paths) if any(c.isdigit() for c in p.stem)]
-    series = [(labels if len(set(labels)) == len(set(folders)) else folders)[i] for i in numbered]
-    if numbered:
-        numbers = [str(position(paths[i].stem)) for i in numbered]
-        table.loc[numbered, "block"], table.loc[numbered, "run"] = contiguous_blocks(numbers, series, CT_BLOCK), unbroken_runs(numbers, series)
-    return table.assign(unit=np.where(table.index.isin(numbered), table["run"], table["image"]))
+    named = [named_slices(part["image"], str(place)) for place, part in table.groupby(places)]
+    several = [subjects for names in named if len(subjects := set(names["subject"].dropna())) > 1]  # one series in a folder tells of no patient
+    table = table.join(pd.concat(named), on="image")
+    patients = table["subject"].where(table["subject"].isin(list(set[str]().union(*several))))
+    alone = table["run"].where(table["section"] != "", table["image"])
+    return table.assign(subject=patients, unit=patients.fillna(alone))
 
 
 def _read_in_parts(table: pd.DataFrame, classifier: Classifier, skipped: dict[str, str], quiet: bool) -> Iterator[tuple[list[int], np.ndarray]]:
@@ -124,14 +123,22 @@ def neighbour_table(
                          "cosine_distance": found.distance[at, rank]})
 
 
+def _unit_word(rows: pd.DataFrame) -> str:
+    "What neighbours are kept apart by, and what is drawn to see whether clusters hold."
+    if len(set(rows["unit"])) == len(rows):
+        return "picture"
+    return "patient" if set(rows["unit"]) & set(rows["subject"]) else "unbroken run"
+
+
 def _neighbour_note(rows: pd.DataFrame, found: Neighbours) -> str:
     "How often neighbours share the class, beside chance among those that were allowed."
     labels, units = rows["label"].to_numpy(), rows["unit"]
     share, chance = neighbour_agreement(found, labels), chance_agreement(found, labels, units.tolist())
+    unit = _unit_word(rows)
     if share != share:
-        return "neighbours: there is one run only, and slices of one unbroken run do not count as neighbours"
-    alone = " (no class has a second run)" if not chance else ""
-    apart = "; slices of the same unbroken run are left out" if len(set(units)) < len(rows) else ""
+        return f"neighbours: there is one {unit} only, and slices of one {unit} do not count as neighbours"
+    alone = f" (no class has a second {unit})" if not chance else ""
+    apart = f"; slices of the same {unit} are left out" if len(set(units)) < len(rows) else ""
     return f"neighbours: {100 * share:.0f} % have the class of the picture, {100 * chance:.0f} % would by chance{alone}{apart}"
 
 
@@ -141,9 +148,7 @@ def alike_notes(
     found: Neighbours,  # Of the same pictures
 ) -> tuple[tuple[str, ...], np.ndarray]:  # Sentences, and the cluster of each picture
     "Whether neighbours share the class and whether clusters hold."
-    blocks = rows["block"]
-    unit = "block" if len(set(blocks)) < len(rows) else "picture"
-    held = cluster_stability(features, units=blocks.tolist())
+    unit, held = _unit_word(rows), cluster_stability(features, units=rows["unit"].tolist())
     few = f"; {held.units} {unit}s are too few to tell" if held.units < 2 * FEWEST else ""
     second = f"clusters: {held.k} hold best when {held.units} {unit}s are drawn again, adjusted Rand index {held.rand:.2f} (lowest twentieth {held.low:.2f}){few}"
     return (_neighbour_note(rows, found), second), held.labels
@@ -155,7 +160,8 @@ NAMES = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}  # as people write them
 def _write(run: Run, request: EmbedRequest, rows: pd.DataFrame, at: np.ndarray, notes: Sequence[str]) -> Path:
     "Picture and page of the layout."
     views = {f"{NAMES.get(request.method, request.method)}, {request.dims}-D": at}
-    points = Points(tuple(rows["name"]), tuple(rows["label"]), tuple(rows["run"]), "run" if len(set(rows["block"])) < len(rows) else "folder")
+    alone = len(set(rows["block"])) == len(rows)
+    points = Points(tuple(rows["name"]), tuple(rows["label"]), tuple(rows["label" if alone else "run"]), "folder" if alone else "run")
     write_embedding_png(run.dir / "embedding.png", views, points)
     return write_embedding_page(run.dir / "index.html", views, points, "Which pictures the network takes for alike", notes)
 
