@@ -59,7 +59,7 @@ def pool_folds(
     "One set of scores over all folds, beside what needs no network, and what each fold found."
     parts = {who: [(said[who], test) for said, test, _ in folds] for who in folds[0][0]}
     classes = folds[0][1].classes
-    scores = compare({who: pooled(found) for who, found in parts.items()}, classes, independent_runs(*splits))
+    scores = compare({who: pooled(found) for who, found in parts.items()}, classes, independent_runs(*splits), splits[0].test.note)
     alone = [{"fold": n, "images": len(test), **{f"{who}.accuracy": float((p.argmax(1) == test.labels).mean()) for who, p in said.items()}}
              for n, (said, test, _) in enumerate(folds)]
     within = {"network.auroc_within_folds": within_folds(parts["network"])} if len(classes) == 2 else {}

@@ -37,7 +37,7 @@ from ..models.classifier import classifier_family, create_classifier
 from ..training.fit_classify import ClassifyOptions, ClassifyResult, fit_classify
 from ..training.team import Team
 from ..training.tracking import Tracker, TrackPlan, start_tracker
-from .classify_stages import COHORT, beginning, describe_classifier, ingested, pictures_of, placed, prepared, split_of, told
+from .classify_stages import COHORT, beginning, describe_classifier, ingested, noted, pictures_of, placed, prepared, split_of, told
 
 # %% ../../nbs/73d_workflows.classify_train.ipynb #643a30e0
 def fit_options(
@@ -154,7 +154,8 @@ def read_source(
     "What a user may name as a source of whole images. Raises EqError for unknown names and classes without an image."
     folder = Path(source).expanduser()
     if source not in SOURCES and folder.is_dir() and not (folder / COHORT).is_file():
-        return read_class_folder(folder, quiet)
+        found = read_class_folder(folder, quiet)
+        return replace(found, cohort=noted(found))
     return ClassFolder(load_source(source), {})
 
 
