@@ -99,7 +99,7 @@ def what_stays(
     parts = {name: f"{len(p)} pictures (SHA-256 {hashes[name][:16]})" for name, p in (("train", train), ("validate", valid))}
     return {"start": start, **parts, **config.model_dump(mode="json", exclude=MAY_CHANGE | HOW_LONG)}
 
-
+# %% ../../nbs/73d_workflows.classify_train.ipynb #5a1d6c1f
 def _is_longer(asked: dict[str, Any], then: dict[str, Any]) -> bool:
     "Whether there are more epochs, or more minutes, to train for."
     name = "epochs" if asked["minutes"] is None else "minutes"
@@ -125,7 +125,7 @@ def kept_training(
     (folder / REFERENCE).unlink()  # the gate belongs to the shorter one
     return None
 
-
+# %% ../../nbs/73d_workflows.classify_train.ipynb #5a1d6c2f
 TRAINED = ("checkpoints/*", REFERENCE, "fold-*")  # what took time
 
 
