@@ -47,13 +47,13 @@ def checkout(tmp_path_factory) -> Path:
     return here
 
 
-def dvc(here: Path, *args: str) -> str:
-    "What a DVC command says; it has to succeed."
+def dvc(here: Path, *args: str, fails: bool = False) -> str:
+    "What a DVC command says; it has to succeed, or to fail where that is asked for."
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     given = {k: v for k, v in os.environ.items() if not k.startswith("EQ__")}
     env = {**given, "PATH": path, "PYTHONPATH": str(here), "DVC_NO_ANALYTICS": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([Path(sys.executable).parent / "dvc", *args], cwd=here, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
@@ -90,6 +90,11 @@ def test_stages_rerun_only_when_they_must(checkout):
     with contextlib.closing(sqlite3.connect(checkout / "outputs" / "mlflow.db")) as store:
         runs = store.execute("select status from runs").fetchall()
         told = dict(store.execute("select key, value from params where key in ('epochs', 'dropout') order by rowid").fetchall())
+    before = {f: (made / f / "model.safetensors").read_bytes() for f in ("base_model", "base_model_updated", "model")}
+    change(checkout, weights=str(checkout / "gone.safetensors"))
+    assert "gone.safetensors" in dvc(checkout, "repro", fails=True)
+    assert {f: (made / f / "model.safetensors").read_bytes() for f in before} == before, "a stage that fails takes nothing away"
+    change(checkout, weights="none")
     assert runs == [("FINISHED",)] * 2 and told == {"epochs": "2", "dropout": "0.5"}, (runs, told)
 
 
@@ -97,8 +102,8 @@ def test_other_images_and_other_code_are_noticed(checkout):
     change(checkout, epochs=2, dropout=0.5)
     dvc(checkout, "repro")
     known = yaml.safe_load((checkout / "dvc.lock").read_text())["stages"].values()
-    folders = [d for stage in known for d in stage.get("deps", []) if d["path"] in ("eq/data", "eq/models", "eq/training")]
-    assert len(folders) == 7 and all(d["nfiles"] > 5 for d in folders), folders  # a folder that .dvcignore names counts as empty
+    folders = [d for stage in known for d in stage.get("deps", []) if d["path"] in ("eq/core", "eq/data", "eq/inference", "eq/models", "eq/training")]
+    assert len(folders) == 13 and all(d["nfiles"] > 5 for d in folders), folders  # a folder that .dvcignore names counts as empty
     with zipfile.ZipFile(checkout / "ct.zip", "a") as target:  # another file, the same images
         target.comment = b"packed again"
     look = ("repro", "-f", "-s", "data_ingestion")
@@ -127,7 +132,7 @@ def test_ingestion_tells_what_it_skipped_and_no_secret(tmp_path):
     code, said = say(EQ__CLASSIFY__PATHS__SOURCE_URL="~nobody-of-this-name/x.zip")
     assert code == 2 and "no registered source" in said and "Traceback" not in said, said
     code, said = say(EQ__CLASSIFY__PATHS__SOURCE_URL="http://127.0.0.1:99999/x.zip?X-Amz-Signature=secretpw")
-    assert code == 2 and "secretpw" not in said + (tmp_path / "images" / "manifest.json").read_text() + (tmp_path / "images" / "log.jsonl").read_text(), said
+    assert code == 2 and "secretpw" not in said + "".join((tmp_path / "images.unfinished" / name).read_text() for name in ("manifest.json", "log.jsonl")), said
 
 
 def test_dvc_watches_what_the_stages_depend_on():

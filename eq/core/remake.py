@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .files import TEMP_PREFIX, sync, write_error
+from .files import TEMP_PREFIX, read_json, sync, write_error
 from .lock import in_turn
 from .logs import read_log
-from .paths import cleared
-from .provenance import LOCK, LOG, Run, begun, claim_folder, start_run
+from .provenance import LOCK, LOG, MANIFEST, Run, begun, claim_folder, start_run
 from .registry import EqError
 
 # %% ../../nbs/06e_core.remake.ipynb #084d18ea
@@ -51,22 +50,44 @@ def _old(folder: Path) -> Path:
 
 
 def _swap(made: Path, folder: Path) -> None:
-    "Puts a finished folder where another one was."
+    "Puts a finished folder where another one was; where that fails, the other one stays."
     try:
         if folder.exists():
             folder.rename(_old(folder))
         made.rename(folder)
         sync(folder.parent)
     except OSError as error:
+        if _old(folder).exists() and not folder.exists():
+            _old(folder).rename(folder)
         raise write_error(error, folder) from error
     shutil.rmtree(_old(folder), ignore_errors=True)
 
 
+def _done(folder: Path) -> bool:
+    "Whether a run of its own finished there."
+    return (folder / MANIFEST).is_file() and read_json(folder / MANIFEST)["status"] == "done"
+
+
 def _mend(folder: Path) -> None:
-    "Undoes half a swap."
+    "Ends half a swap: by the new version where that is whole, else by the old one."
     if _old(folder).is_dir() and not folder.exists():
-        _old(folder).rename(folder)
-    shutil.rmtree(_old(folder), ignore_errors=True)
+        new = unfinished(folder)
+        (new if _done(new) else _old(folder)).rename(folder)
+    for rest in (_old(folder), _gone(folder)):
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+def _gone(folder: Path) -> Path:
+    "What is being thrown away is called so first: a kill while thousands of files go then leaves no folder that looks like somebody's."
+    return folder.with_name(f"{TEMP_PREFIX}{folder.name}.gone")
+
+
+def _thrown_away(making: Path, folder: Path) -> Path:
+    "The same place with nothing there."
+    if making.exists():
+        making.rename(_gone(folder))
+        shutil.rmtree(_gone(folder), ignore_errors=True)
+    return making
 
 
 @contextmanager
@@ -82,7 +103,7 @@ def remade(
         _mend(final)
         for place in (final, making):
             _require_own(name, place)
-        with start_run(name, making if resume else cleared(making), params, resume=resume) as run:
+        with start_run(name, making if resume else _thrown_away(making, final), params, resume=resume) as run:
             run.goes_to = final
             yield run
         _swap(making, final)

@@ -224,8 +224,9 @@ def card_facts(
 ) -> CardFacts:  # For `eq.reporting.model_card`
     "What is known besides the checkpoint's description. Raises EqError for scores of other weights."
     scores, split = scores or {}, _part_table(meta, folder)
-    if (theirs := scores.get("weights_sha256", meta.weights_sha256)) != meta.weights_sha256:
-        raise EqError(f"the scores are of weights {theirs[:12]}, the checkpoint has {meta.weights_sha256[:12]}; run `eq classify evaluate` again")
+    if scores and (theirs := scores.get("weights_sha256", "")) != meta.weights_sha256:
+        of = f"weights {theirs[:12]}" if theirs else "no single network"
+        raise EqError(f"the scores are of {of}, the checkpoint has {meta.weights_sha256[:12]}; valid: scores.json of `eq classify evaluate` for this checkpoint")
     baselines = {f"{name}, {label}": value for who, label in BASELINES.items() for name, value in _of(scores, who, ("accuracy", "auroc")).items()}
     limits = [str(scores["verdict"])] if "verdict" in scores else [UNSEEN]
     if "leaks" in meta.data and not (leaks := leak_verdict(meta.data["leaks"]))[0]:
