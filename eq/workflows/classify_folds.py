@@ -18,11 +18,12 @@ from ..core.files import atomic_write, plain, write_json
 from ..core.provenance import Run, begun
 from ..core.registry import EqError
 from ..core.remake import remade, unfinished
+from ..core.request import remember_request, same_request
 from ..data.pictures import Pictures
 from ..data.split import SCHEMES, Split
 from .classify_judge import answers, compare, independent_runs, pooled, prediction_table, within_folds
 from .classify_stages import COHORT, ingested, placed, split_of, told
-from .classify_train import train_split
+from .classify_train import MAY_CHANGE, thrown_away, train_split
 
 # %% ../../nbs/73i_workflows.classify_folds.ipynb #a7b19114
 def all_folds(
@@ -59,7 +60,7 @@ def pool_folds(
     "One set of scores over all folds, beside what needs no network, and what each fold found."
     parts = {who: [(said[who], test) for said, test, _ in folds] for who in folds[0][0]}
     classes = folds[0][1].classes
-    scores = compare({who: pooled(found) for who, found in parts.items()}, classes, independent_runs(*splits))
+    scores = compare({who: pooled(found) for who, found in parts.items()}, classes, independent_runs(*splits), splits[0].test.note)
     alone = [{"fold": n, "images": len(test), **{f"{who}.accuracy": float((p.argmax(1) == test.labels).mean()) for who, p in said.items()}}
              for n, (said, test, _) in enumerate(folds)]
     within = {"network.auroc_within_folds": within_folds(parts["network"])} if len(classes) == 2 else {}
@@ -79,7 +80,14 @@ def crossvalidate(
     final, splits = placed(config.paths.root_dir) / "crossvalidate", all_folds(config)
     if resume and not begun(unfinished(final)):
         raise EqError(f"nothing to resume: no cross-validation was cut off in {unfinished(final)}")
+    fixed = config.model_dump(mode="json", exclude=MAY_CHANGE | {"fold"})  # also how long: folds that are scored together were trained alike
+    if resume:
+        same_request(unfinished(final), fixed)
+    lost = thrown_away(unfinished(final), resume)
     with remade("classify-crossvalidate", final, told(config), resume) as run:
+        if lost:
+            run.log.warning(lost)
+        remember_request(run.dir, fixed)
         run.add_input(placed(config.paths.unzip_dir) / COHORT)
         folds = [_one(config, number, split, run, (resume, quiet)) for number, split in enumerate(splits)]
         scores = pool_folds(folds, splits)

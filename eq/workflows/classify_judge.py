@@ -78,14 +78,16 @@ def verdict(
     size: float,  # Of the size of the file, on the same pictures
     above: Interval,  # Of the difference, paired over units
     runs: dict[str, tuple[int, int]],  # From `independent_runs`
-) -> str:  # Two sentences or three
+    note: str = "",  # Of the cohort
+) -> str:  # Two sentences to four
     "What may be concluded, first of all: a signal only where the interval of the difference lies above 0."
     ends = "no interval" if above.low != above.low else f"95 % interval {above.low:+.3f} to {above.high:+.3f}"
     found = f"the network reaches an accuracy of {accuracy:.3f}, the file's size alone {size:.3f} (difference {above.estimate:+.3f}, {ends})"
     shown = above.low > 0
     behind = " and ".join(f"{n} of {label} ({known} of them also trained on, at other places)" for label, (n, known) in runs.items())
     counted = f" Behind the test part stand {behind} unbroken runs of slices, at most as many patients." if runs else ""
-    return f"{'A signal beyond the size of the file was' if shown else 'No signal beyond acquisition was'} shown: {found}.{counted}"
+    warned = f" Mind: {note}." if note else ""
+    return f"{'A signal beyond the size of the file was' if shown else 'No signal beyond acquisition was'} shown: {found}.{counted}{warned}"
 
 
 def _plots(folder: Path, probabilities: np.ndarray, test: Pictures) -> None:
@@ -124,12 +126,13 @@ def compare(
     judged: dict[str, Judged],  # network, size_only and majority, on the same pictures
     classes: tuple[str, ...],  # Names, one a column
     runs: dict[str, tuple[int, int]],  # From `independent_runs`
+    note: str = "",  # Of the cohort
 ) -> dict[str, Any]:  # Verdict, scores with intervals over units, confusion
     "The network beside what needs none."
     draws, (said, labels, units) = load_config().evaluate.draws, judged["network"]
     found = {who: class_intervals(*what, draws) for who, what in judged.items()}
     above = accuracy_above(said, judged["size_only"][0], labels, units, draws)
-    words = verdict(found["network"]["accuracy"].estimate, found["size_only"]["accuracy"].estimate, above, runs)
+    words = verdict(found["network"]["accuracy"].estimate, found["size_only"]["accuracy"].estimate, above, runs, note)
     scores = {"verdict": words, "above_size": plain(above)} | {f"{who}.{k}": plain(v) for who, values in found.items() for k, v in values.items()}
     return scores | {"confusion": class_scores(said, labels, classes).confusion, "classes": classes, "images": len(labels), "units": len(set(units)), "runs": runs}
 
@@ -167,7 +170,7 @@ def judge(
 ) -> tuple[np.ndarray, Pictures, dict[str, Any]]:  # Probabilities, pictures, scores
     "The network beside the size of the file and the commonest class, on the same test pictures."
     said, test, meta = answers(folder, split, config)
-    scores = compare({who: pooled([(p, test)]) for who, p in said.items()}, test.classes, independent_runs(split))
+    scores = compare({who: pooled([(p, test)]) for who, p in said.items()}, test.classes, independent_runs(split), split.test.note)
     scores |= {"weights_sha256": meta.weights_sha256, "leaks": meta.data.get("leaks"), "unit": split.unit, "skipped": len(test.skipped)}
     return said["network"], test, scores
 
