@@ -62,8 +62,10 @@ def _evenly(paths: Sequence[str], most: int) -> list[str]:
 def _halves(rows: pd.DataFrame) -> tuple[list[str], list[str], str]:
     "The pictures of one class, in order, as two halves that do not touch within a run; and why not, where they do."
     paths, units, middle = rows["image"].tolist(), rows["unit"].tolist(), (len(rows) + 1) // 2
-    if middle == len(rows) or units[middle - 1] != units[middle]:
-        return paths[:middle], paths[middle:], ""
+    cuts = [i for i in range(len(rows) // 4, len(rows) - len(rows) // 4 + 1) if 0 < i < len(rows) and units[i - 1] != units[i]]
+    if cuts or len(rows) == 1:  # where a run or a patient ends, nearest to the middle
+        cut = min(cuts, key=lambda i: abs(i - middle)) if cuts else 1
+        return paths[:cut], paths[cut:], ""
     end, begin = middle - CT_BLOCK // 2, middle + CT_BLOCK - CT_BLOCK // 2
     if end < 1 or begin >= len(paths):
         short = f"{rows['label'].iloc[0]} has {len(paths)} pictures, too few for a gap of {CT_BLOCK}: ranges were measured on direct neighbours of those compared"
