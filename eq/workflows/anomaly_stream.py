@@ -134,23 +134,36 @@ def with_names(
     return replace(cohort, table=table.assign(subject=[patient_of(p) for p in paths]), split_unit="subject")
 
 
+def _among(paths: Sequence[Path], names: Sequence[str]) -> np.ndarray:
+    "Which files are meant by names of a stream: by the whole name, or, where folders were renamed, by the file's own."
+    whole, own = set(names), {PurePosixPath(n).name for n in names}
+    found = np.array([not whole.isdisjoint("/".join(p.parts[i:]) for i in range(len(p.parts))) for p in paths], dtype=bool)
+    return found if found.any() else np.array([p.name in own for p in paths], dtype=bool)
+
+
+def _why_not(path: Path, left_out: Mapping[str, str]) -> str:
+    "What the stream said of a file that is in no part."
+    return next((why for i in range(len(path.parts)) if (why := left_out.get("/".join(path.parts[i:])))), "not streamed")
+
+
 def split_streamed(
     cohort: Cohort,  # Files, from `with_names`
     config: AnomalyConfig,  # Section anomaly
     data: Mapping[str, Any],  # `CheckpointMeta.data` of a network that was trained from a stream
 ) -> Split | None:  # None where none of the images has the name of one that was streamed
-    "The parts as the stream has dealt them. Raises EqError for an unknown label, and where a part is empty or shares a patient with another."
-    parts, held = data.get("parts", {}), data.get("held", {})
-    learned, stop = ({patient_of(n) for n in parts.get(k, ())} for k in ("train", "validate"))
-    units, labels = [patient_of(str(p)) for p in cohort.table["image"]], cohort.table["label"].astype(str).tolist()
+    "The parts as the stream has dealt them; what it did not give is left out. Raises EqError for an unknown label, and where a part is empty or shares a patient."
+    held, files = data.get("held", {}), [Path(p) for p in cohort.table["image"]]
+    units, labels = [patient_of(str(p)) for p in files], cohort.table["label"].astype(str).tolist()
     if config.normal not in labels:
         raise unknown_name("label of normal images", config.normal, sorted(set(labels)))
-    if not (learned | stop) & set(units) or not held:
+    learned, stop = (_among(files, data.get("parts", {}).get(k, ())) for k in ("train", "validate"))
+    if not (learned | stop).any() or not held:
         return None
     other = {u for u, label in zip(units, labels, strict=True) if label != config.normal}
     test = [u in other or is_held(u, float(held["share"]), int(held["seed"])) for u in units]
-    part = np.where(test, "test", np.where(np.isin(units, sorted(stop)), "validate", "train"))
+    part = np.select([test, stop, learned], ["test", "validate", "train"], "none")
     chosen = {k: cohort.subset(part == k) for k in ("train", "validate", "test")}
     if empty := [k for k, c in chosen.items() if not len(c)]:
         raise EqError(f"{cohort.name}: no image to {empty[0]} by, of {len(units)}; give the whole set that the network was streamed from")
-    return Split(**chosen, unit=cohort.split_unit, scheme="stream", options={"share": held["share"], "seed": held["seed"]}, left_out=dict(data.get("left_out", {})))
+    left_out = {str(p): _why_not(p, data.get("left_out", {})) for p, k in zip(files, part, strict=True) if k == "none"}
+    return Split(**chosen, unit=cohort.split_unit, scheme="stream", options={"share": held["share"], "seed": held["seed"]}, left_out=left_out)
