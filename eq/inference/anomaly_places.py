@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMOOTH', 'FLOOR', 'LEARNED', 'PLACES', 'KEYS', 'ByPlace', 'learn_places', 'map_names', 'check_map', 'deal_halves',
-           'learned_map', 'save_places', 'load_places', 'map_for']
+           'learned_map', 'OtherNetwork', 'place_files', 'save_places', 'load_places', 'map_for']
 
 # %% ../../nbs/48c_inference.anomaly_places.ipynb #c937f0aa
 from collections.abc import Callable, Sequence
@@ -102,29 +102,44 @@ def learned_map(
 
 # %% ../../nbs/48c_inference.anomaly_places.ipynb #04322c49
 PLACES = "by_place"
-KEYS = ("sha256", "units", "pixels")  # of its description
+KEYS = ("sha256", "units", "pixels", "weights")  # of its description
+
+
+class OtherNetwork(EqError):
+    "A map that was learned with other weights than those beside it."
+
+
+def place_files(
+    folder: Path,  # Of a checkpoint
+) -> list[Path]:  # None where no map was written
+    "What a map consists of."
+    return [path for path in (folder / f"{PLACES}.safetensors", folder / f"{PLACES}.json") if path.is_file()]
 
 
 def save_places(
     folder: Path,  # Of the checkpoint
     places: ByPlace,  # Learned with its network
+    weights: str,  # SHA-256 of the network's weights
 ) -> None:
     "Writes by_place.safetensors, then by_place.json."
     tensors = {"mean": torch.from_numpy(places.mean), "spread": torch.from_numpy(places.spread)}
     sha256 = save_tensors(folder / f"{PLACES}.safetensors", tensors)
-    write_json(folder / f"{PLACES}.json", {"sha256": sha256, "units": places.units, "pixels": places.pixels})
+    write_json(folder / f"{PLACES}.json", {"sha256": sha256, "units": places.units, "pixels": places.pixels, "weights": weights})
 
 
 def load_places(
     folder: Path,  # Of a checkpoint
+    weights: str,  # SHA-256 of its weights, from its description
 ) -> ByPlace | None:  # None where none was written
-    "Reads it. Raises EqError for files that are damaged or belong to another network."
+    "Reads it. Raises OtherNetwork where it was learned with other weights, as after a kill between the two, and EqError for files that are damaged."
     about = folder / f"{PLACES}.json"
     if not about.is_file():
         return None
     told = read_json(about)
     if not isinstance(told, dict) or not {*KEYS} <= set(told):
         raise EqError(f"{about} holds {str(told)[:60]!r}; valid: {', '.join(KEYS)}, as `eq train anomaly` writes them")
+    if told["weights"] != weights:
+        raise OtherNetwork(f"{about} was learned with weights {str(told['weights'])[:12]}, beside it lie {weights[:12]}; valid: a map of the same weights")
     tensors = load_tensors(folder / f"{PLACES}.safetensors", told["sha256"])
     shapes = {k: tuple(v.shape) for k, v in tensors.items()}
     if set(shapes) != {"mean", "spread"} or shapes["mean"] != shapes["spread"]:
@@ -135,6 +150,10 @@ def load_places(
 def map_for(
     name: str,  # From `map_names`
     folder: Path,  # Of the checkpoint of the network
+    weights: str,  # SHA-256 of its weights, from its description
 ) -> str | ScoreMap:  # For `find_anomalies`; the name again where it is still to be learned
-    "A learned map as the checkpoint has it."
-    return (load_places(folder) or name) if name in LEARNED else name
+    "A learned map as the checkpoint has it, unless that is a map of other weights."
+    try:
+        return (load_places(folder, weights) or name) if name in LEARNED else name
+    except OtherNetwork:
+        return name

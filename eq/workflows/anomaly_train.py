@@ -27,7 +27,7 @@ from ..core.results import CheckpointMeta, invalid
 from ..data.cohort import Cohort
 from ..data.grey import INTENSITIES, Grey
 from ..inference.anomaly import REDUCERS
-from ..inference.anomaly_places import LEARNED, check_map, deal_halves, learned_map, map_names, save_places
+from ..inference.anomaly_places import LEARNED, check_map, deal_halves, learned_map, map_names, place_files, save_places
 from ..models.autoencoder import AUTOENCODERS, Autoencoder, count_parameters, create_autoencoder
 from ..models.checkpoint import WEIGHTS
 from ..training.fit_anomaly import AnomalyOptions, AnomalyResult, fit_anomaly
@@ -129,18 +129,18 @@ def _fit(run: Run, arch: str, config: AnomalyConfig, lesson: Lesson, going: tupl
     with start_tracker(config.tracker, plan, run.log) as tracker:
         result = fit_anomaly(model, train.images, valid.images, fit_options(config, quiet), describe_autoencoder(arch, config, lesson.about),
                              run.dir, tracker, resume)
-        tracker.artefact(run.dir / WEIGHTS)
-    _learn_map(model, valid, run.dir)
+        _learn_map(model, valid, result)
+        [tracker.artefact(path) for path in (run.dir / WEIGHTS, *place_files(run.dir))]
     run.add_metrics({"validation": result.meta.metrics, "images": result.images, "seconds": result.seconds, "parameters": count_parameters(model),
                      **lesson.metrics})
     run.log.info("trained", epochs=len(result.history), seconds=round(result.seconds), **{"validation loss": round(result.meta.metrics["valid_loss"], 5)})
     return result
 
 
-def _learn_map(model: Autoencoder, valid: Grey, folder: Path) -> None:
+def _learn_map(model: Autoencoder, valid: Grey, result: AnomalyResult) -> None:
     "What is usual by place goes with the checkpoint, where there are patients enough to tell."
     if len(set(valid.units)) > 1 and sum(u in deal_halves(valid.units)[0] for u in valid.units) > 1:
-        save_places(folder, learned_map("by_place", model, valid.images, valid.units))
+        save_places(result.folder, learned_map("by_place", model, valid.images, valid.units), result.meta.weights_sha256)
 
 
 def _check(archs: tuple[str, ...], config: AnomalyConfig) -> None:
