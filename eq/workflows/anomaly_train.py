@@ -133,6 +133,8 @@ def _fit(run: Run, arch: str, config: AnomalyConfig, lesson: Lesson, going: tupl
         [tracker.artefact(path) for path in (run.dir / WEIGHTS, *place_files(run.dir))]
     run.add_metrics({"validation": result.meta.metrics, "images": result.images, "seconds": result.seconds, "parameters": count_parameters(model),
                      **lesson.metrics})
+    if result.batch_size < config.batch_size:
+        run.log.warning(f"out of memory with {config.batch_size} images a step; {result.batch_size} at the end")
     run.log.info("trained", epochs=len(result.history), seconds=round(result.seconds), **{"validation loss": round(result.meta.metrics["valid_loss"], 5)})
     return result
 
