@@ -73,11 +73,12 @@ def read_more(
     networks: Mapping[str, Autoencoder],  # Trained
     exam: Exam,  # Images
     headline: Mapping[str, Witness],  # What was said already
+    reduce: str = "mean",  # Of a map to a score, as for the headline
 ) -> dict[str, Witness]:  # "tried: ..." by name
     "What else can be read off the same networks."
     found: dict[str, Witness] = {}
     for arch, model in networks.items():
-        found |= {f"tried: {arch} {name}": examine(model, exam, name, True) for name in TRIED}
+        found |= {f"tried: {arch} {name}": examine(model, exam, name, True, reduce) for name in TRIED}
         near = [latent_findings(model, exam.train.images, part.images) for part in (exam.validate, exam.test)]
         found[f"tried: {arch} latent mahalanobis"] = Witness(near[0].scores, Findings(near[1].scores), True)
     found["tried: both networks"] = together([headline[a] for a in networks])
@@ -139,8 +140,8 @@ def one_seed(
     for arch in course.archs:
         networks[arch], minutes = train_network(arch, exam, config, course)
         rows.append(Row(arch, "minutes", minutes, "min", str(config.seed)))
-    witnesses = {arch: examine(model, exam, config.map, True) for arch, model in networks.items()} | examine_baselines(exam, quiet=True)[0]
-    more = read_more(networks, exam, witnesses) if len(networks) > 1 else {}
+    witnesses = {arch: examine(model, exam, config.map, True, config.reduce) for arch, model in networks.items()} | examine_baselines(exam, quiet=True)[0]
+    more = read_more(networks, exam, witnesses, config.reduce) if len(networks) > 1 else {}
     for label in exam.contrasts():
         rows += verdict_rows(pass_verdict(witnesses, exam, label, config), f"_{label}", config.seed)
         rows += [r for r in verdict_rows(pass_verdict(more, exam, label, config), f"_{label}", config.seed) if " - " not in r.variant] if more else []
