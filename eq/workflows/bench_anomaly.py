@@ -10,7 +10,7 @@ __all__ = ['TRIED', 'IN_FILE', 'PUBLISHED', 'Course', 'train_network', 'read_mor
 import re
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -160,9 +160,13 @@ def measure_cost(
     options, precision = AnomalyOptions(quiet=True), trained_precision("cpu")
     optimiser = create_optimiser(options.optimiser, model, options.lr)
     x = torch.rand(batch, 1, config.size, config.size, generator=torch.Generator().manual_seed(0))
+
+    def precisely(ask: Callable[[], torch.Tensor]) -> torch.Tensor:  # as a run does: losses alone, neither backward pass nor step
+        with autocast("cpu", precision):
+            return ask()
+
     start = time.monotonic()
-    with autocast("cpu", precision):
-        take_step(OBJECTIVES[arch].phases(model, x, options.balance(), 0.5), optimiser)
+    take_step(OBJECTIVES[arch].phases(model, x, options.balance(), 0.5), optimiser, precisely)
     seconds, memory = time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     with TemporaryDirectory() as tmp, torch.inference_mode():
         start = time.monotonic()
