@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMOOTH', 'FLOOR', 'LEARNED', 'PLACES', 'KEYS', 'ByPlace', 'learn_places', 'map_names', 'check_map', 'deal_halves',
-           'learned_map', 'OtherNetwork', 'place_files', 'save_places', 'load_places', 'map_for']
+           'enough', 'learned_map', 'OtherNetwork', 'place_files', 'save_places', 'load_places', 'map_for']
 
 # %% ../../nbs/48c_inference.anomaly_places.ipynb #c937f0aa
 from collections.abc import Callable, Sequence
@@ -83,6 +83,13 @@ def deal_halves(
         raise EqError(f"{len(names)} patient among normal validation images; a learned map needs two, one to learn from and one for the threshold")
     order = [names[i] for i in np.random.default_rng(0).permutation(len(names))]
     return set(order[: (len(order) + 1) // 2]), set(order[(len(order) + 1) // 2 :])
+
+
+def enough(
+    units: Sequence[str],  # Patient of each normal validation image
+) -> bool:  # Two patients, and two images of those that a map learns from
+    "Whether a map can be learned."
+    return len(set(units)) > 1 and sum(u in deal_halves(units)[0] for u in units) > 1
 
 
 def learned_map(
