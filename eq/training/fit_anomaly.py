@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import mse_loss
 from tqdm.auto import tqdm
 
-from ..core.device import autocast, free_cache, is_out_of_memory, memory_format, pick_device, seed_everything
+from ..core.device import autocast, free_cache, halving_batches, is_out_of_memory, memory_format, pick_device, seed_everything
 from ..core.files import plain
 from ..core.registry import EqError
 from ..core.results import CheckpointMeta
@@ -153,15 +153,16 @@ class AnomalyFit:
         model, given, sums = self.trainee.average.eval(), self.objective.given(self.balance), np.zeros(2)
         generator = torch.Generator().manual_seed(0)  # the same noise in every epoch
 
-        def error(shown: torch.Tensor, x: torch.Tensor) -> float:
+        def errors(some: torch.Tensor) -> list[float]:  # of each way in which the images are shown; the last is as they are
             with torch.inference_mode():
-                return mse_loss(self.precisely(lambda: model(self._bring(shown))).float().cpu(), x).item() * len(x)
+                drawn = (self.precisely(lambda x=x: model(self._bring(x))).float().cpu() for x in some.unbind(1))
+                return [mse_loss(d, some[:, -1]).item() * len(some) for d in drawn]
 
         for start in range(0, len(self.valid), batch_size):
             x = torch.from_numpy(self.valid[start : start + batch_size])[:, None]
             shown = given(x, generator)
-            first = error(shown, x)
-            sums += first, first if shown is x else error(x, x)
+            for found in halving_batches(errors, x[:, None] if shown is x else torch.stack((shown, x), 1), batch_size):  # type: ignore[arg-type]  # a tensor is a sequence
+                sums += found
         return dict(zip(("loss", "mse"), (sums / len(self.valid)).tolist(), strict=True))
 
 # %% ../../nbs/37f_training.fit_anomaly.ipynb #e7562f8f
@@ -205,10 +206,11 @@ class AnomalyResult:
     history: list[dict[str, Any]]  # one row an epoch
     images: int  # training images seen
     seconds: float  # training time, validation and saving included
+    batch_size: int  # images a step; fewer than asked for where memory ran out
 
 
-def _epoch(fit: AnomalyFit, bar: tqdm) -> bool:
-    "The steps of one epoch, and its end. True: stop."
+def _epoch(fit: AnomalyFit, bar: tqdm) -> None:
+    "The steps of one epoch."
     fit.model.train()
     for x, _ in fit.batches:
         fit.step(x)
@@ -217,13 +219,13 @@ def _epoch(fit: AnomalyFit, bar: tqdm) -> bool:
         bar.set_postfix_str(f"step {fit.clock.step}, loss {fit.losses[-1]:.4f}{valid}", refresh=False)
         if fit.options.minutes is not None and fit.clock.progress() >= 1:
             break
-    return end_epoch(fit)
 
 
 def _try_epoch(fit: AnomalyFit, bar: tqdm) -> bool:
-    "An epoch; where memory runs out, half of the batch for the next try. True: stop. Raises EqError where one image is too many."
+    "The steps of an epoch; False: memory ran out, half of the batch for the next try. Raises EqError where one image is too many."
     try:
-        return _epoch(fit, bar)
+        _epoch(fit, bar)
+        return True
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -232,6 +234,7 @@ def _try_epoch(fit: AnomalyFit, bar: tqdm) -> bool:
     fit.trainee.progress.batch_size, fit.losses = fit.batch_size // 2, []
     fit.trainee.optimizer.zero_grad()  # what half a backward pass has left behind
     fit.clock.total_steps = fit.clock.step + (fit.options.epochs - fit.trainee.progress.epoch) * len(fit.batches)
+    bar.set_description_str(f"{fit.meta.task} {fit.meta.arch}, out of memory: batch now {fit.batch_size}")
     free_cache()  # outside of `except`: there the traceback still holds the tensors
     return False
 
@@ -246,7 +249,7 @@ def _run(fit: AnomalyFit) -> None:
     form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     with tqdm(total=1000, desc=f"{fit.meta.task} {fit.meta.arch}", disable=fit.options.quiet, bar_format=form) as bar:
         while not stop:
-            stop = _try_epoch(fit, bar)
+            stop = _try_epoch(fit, bar) and end_epoch(fit)
 
 
 def _finish(fit: AnomalyFit) -> AnomalyResult:
@@ -258,7 +261,7 @@ def _finish(fit: AnomalyFit) -> AnomalyResult:
     write_history(fit.folder, progress.history)
     if fit.tracker is not None:
         [fit.tracker.artefact(fit.folder / name) for name in ("history.csv", "curves.png", META)]
-    return AnomalyResult(fit.folder, read_meta(fit.folder), progress.history, progress.history[-1]["images"], seconds)
+    return AnomalyResult(fit.folder, read_meta(fit.folder), progress.history, progress.history[-1]["images"], seconds, fit.batch_size)
 
 # %% ../../nbs/37f_training.fit_anomaly.ipynb #4153e59b
 def _check_description(model: Autoencoder, meta: CheckpointMeta) -> None:

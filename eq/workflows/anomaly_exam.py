@@ -26,7 +26,7 @@ from ..inference.anomaly import Detector, ScoreMap, find_anomalies, standardised
 from ..inference.anomaly_places import LEARNED, ByPlace, learned_map
 from ..models.baselines import Brightness, create_baseline
 from ..models.normality import Findings
-from .anomaly_lesson import load_normals, split_normals
+from .anomaly_lesson import load_normals, pixel_hashes, split_normals
 from .anomaly_stream import is_stream, split_streamed, with_names
 
 # %% ../../nbs/75ha_workflows.anomaly_exam.ipynb #7563b1c3
@@ -114,7 +114,8 @@ def examine(
     if isinstance(score, str) and score in LEARNED:
         score = learned_map(score, detector, valid.images, valid.units)
     if isinstance(score, ByPlace):
-        valid = valid.pick(np.array([u not in score.units for u in valid.units]))
+        hit = {u for u, h in zip(valid.units, pixel_hashes(valid), strict=True) if h in score.pixels}  # a table may call patients otherwise than their files do
+        valid = valid.pick(np.array([u not in hit for u in valid.units]))
     if not len(valid):
         raise EqError(f"the map has learned from every one of {len(set(exam.validate.units))} validation patients; valid: others, who tell the threshold")
     return Witness(find_anomalies(detector, valid.images, score, reduce).scores, find_anomalies(detector, exam.test.images, score, reduce), trained)

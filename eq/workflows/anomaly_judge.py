@@ -20,13 +20,13 @@ from ..core.config import AnomalyConfig, load_config
 from ..core.files import atomic_write, write_json
 from ..core.provenance import Run, start_run
 from ..core.registry import EqError
-from ..core.results import Interval
+from ..core.results import CheckpointMeta, Interval
 from ..data.cohort import Cohort
 from ..data.grey import INTENSITIES, Grey
 from ..data.leak_report import leak_verdict
-from ..inference.anomaly import REDUCERS, normal_threshold
+from ..inference.anomaly import REDUCERS, ScoreMap, normal_threshold
 from ..inference.anomaly_metrics import AnomalyScores, Compared, auroc_above, delong, judge, squared_errors
-from ..inference.anomaly_places import check_map, map_for, map_names
+from ..inference.anomaly_places import LEARNED, check_map, map_for, map_names, place_files
 from ..models.baselines import BASELINES
 from ..models.checkpoint import META, WEIGHTS, checkpoint_folder, load_checkpoint
 from .anomaly_exam import EXPOSURE, STANDARD, Exam, Witness, exam_source, examine, examine_baselines, make_exam
@@ -186,7 +186,7 @@ def evaluate_anomaly(
         [run.add_input(checkpoint_folder(path) / name) for path in models for name in (META, WEIGHTS)]
         [run.add_input(name) for part in (exam.train, exam.validate, exam.test) for name in part.names]
         more, left_out = examine_baselines(exam, baselines, quiet)
-        witnesses = {name: examine(network, exam, map_for(config.map, folder), True, config.reduce) for name, (network, _, folder) in loaded.items()} | more
+        witnesses = {name: examine(network, exam, _map_of(run, config.map, meta, folder), True, config.reduce) for name, (network, meta, folder) in loaded.items()} | more
         verdicts = [pass_verdict(witnesses, exam, label, config) for label in exam.contrasts()]
         leaks = {name: leak_verdict(meta.data.get("leaks")) for name, (_, meta, _) in loaded.items()}
         report = AnomalyReport(run.dir, exam, witnesses, verdicts, verdict_text(verdicts[0], list(loaded)), left_out, leaks)
@@ -197,6 +197,16 @@ def evaluate_anomaly(
         aurocs = {v.contrast: {n: s.auroc.to_dict() for n, s in v.scores.items()} for v in verdicts}
         run.add_metrics({"verdict": report.text, "left_out": left_out, "unreadable": exam.test.skipped, "auroc": aurocs})
     return report
+
+
+def _map_of(run: Run, name: str, meta: CheckpointMeta, folder: Path) -> str | ScoreMap:
+    "The map of one network; what it is read from is an input."
+    found = map_for(name, folder, meta.weights_sha256)
+    if name in LEARNED and isinstance(found, str):
+        run.log.warning(f"{folder}: no map {name} that was learned with these weights; learned anew from half of the normal validation patients")
+    elif name in LEARNED:
+        [run.add_input(path) for path in place_files(folder)]
+    return found
 
 
 def _write(run: Run, report: AnomalyReport, test: Grey) -> None:

@@ -102,7 +102,7 @@ def make_lesson(
     if isinstance(source, str) and is_stream(source):
         given = stream_normals(source, config, quiet)
         train, valid, left_out = given.train, given.valid, given.left_out
-        about: dict[str, Any] = {"source": address_of(source), "terms": "", "synthetic": source.startswith("synthetic"), "unit": "subject", "scheme": "stream", "options": {}}
+        about: dict[str, Any] = {"source": address_of(source), "terms": "", "synthetic": source.startswith("synthetic"), "unit": given.unit, "scheme": "stream", "options": {}}
         about["held"] = given.held
         leaks = stop_at_leaks(stream_leaks(train, valid), allow_leak)
         metrics: dict[str, Any] = {"stream": given.told}

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure as Canvas
 
 from ..core.config import AnomalyConfig
 from ..core.registry import EqError
+from ..inference.anomaly_places import LEARNED
 from ..reporting.anomaly_gallery import ends_of_labels, gallery, score_figure
 from ..reporting.render import Check, Figure, Report, Section, Stat, write_report
 from .anomaly_judge import AnomalyReport, Verdict, pair_rows, score_rows
@@ -69,7 +70,8 @@ def anomaly_page(
     shown = (*trained, first.best([n for n in first.scores if n not in trained]))
     stats = tuple(Stat(f"{first.scores[n].auroc.estimate:.3f}", f"AUROC, {n}", f"{first.scores[n].auroc}") for n in shown)
     told = f"Intervals are drawn over {unit}s, {found.patients} of them. Exposure: {config.intensity}. Networks are read by the map {config.map}, {config.reduce}. "
-    told += f"Thresholds are the {config.quantile:g} quantile of normal validation images."
+    told += f"Thresholds are the {config.quantile:g} quantile of normal validation images"
+    told += "; those of networks leave out the patients that the map was learned from." if config.map in LEARNED else "."
     seen = report.witnesses[name].test
     checks = tuple(Check(f"{n}: no image leaks between the parts that it was trained and tested on", *known) for n, known in report.leaks.items())
     sections = [

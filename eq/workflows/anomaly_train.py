@@ -8,6 +8,7 @@ __all__ = ['TRACKING', 'LONGER', 'BOTH', 'FLAGS', 'CHOICES', 'AnomalyRequest', '
            'command']
 
 # %% ../../nbs/73k_workflows.anomaly_train.ipynb #0b2304c5
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ..core.results import CheckpointMeta, invalid
 from ..data.cohort import Cohort
 from ..data.grey import INTENSITIES, Grey
 from ..inference.anomaly import REDUCERS
-from ..inference.anomaly_places import LEARNED, check_map, deal_halves, learned_map, map_names, save_places
+from ..inference.anomaly_places import LEARNED, check_map, enough, learned_map, map_names, place_files, save_places
 from ..models.autoencoder import AUTOENCODERS, Autoencoder, count_parameters, create_autoencoder
 from ..models.checkpoint import WEIGHTS
 from ..training.fit_anomaly import AnomalyOptions, AnomalyResult, fit_anomaly
@@ -129,18 +130,29 @@ def _fit(run: Run, arch: str, config: AnomalyConfig, lesson: Lesson, going: tupl
     with start_tracker(config.tracker, plan, run.log) as tracker:
         result = fit_anomaly(model, train.images, valid.images, fit_options(config, quiet), describe_autoencoder(arch, config, lesson.about),
                              run.dir, tracker, resume)
-        tracker.artefact(run.dir / WEIGHTS)
-    _learn_map(model, valid, run.dir)
+        _learn_map(run, model, valid, result)
+        [tracker.artefact(path) for path in (run.dir / WEIGHTS, *place_files(run.dir))]
     run.add_metrics({"validation": result.meta.metrics, "images": result.images, "seconds": result.seconds, "parameters": count_parameters(model),
                      **lesson.metrics})
+    if result.batch_size < config.batch_size:
+        run.log.warning(f"out of memory with {config.batch_size} images a step; {result.batch_size} at the end")
     run.log.info("trained", epochs=len(result.history), seconds=round(result.seconds), **{"validation loss": round(result.meta.metrics["valid_loss"], 5)})
     return result
 
 
-def _learn_map(model: Autoencoder, valid: Grey, folder: Path) -> None:
+def _learn_map(run: Run, model: Autoencoder, valid: Grey, result: AnomalyResult) -> None:
     "What is usual by place goes with the checkpoint, where there are patients enough to tell."
-    if len(set(valid.units)) > 1 and sum(u in deal_halves(valid.units)[0] for u in valid.units) > 1:
-        save_places(folder, learned_map("by_place", model, valid.images, valid.units))
+    if enough(valid.units):
+        save_places(result.folder, learned_map("by_place", model, valid.images, valid.units), result.meta.weights_sha256)
+    else:
+        run.log.info(f"map by_place skipped: {len(valid)} validation images of {len(set(valid.units))} patients are too few to learn it from")
+
+
+def _check_patients(config: AnomalyConfig, units: Sequence[str]) -> None:
+    "A map that cannot be learned is found before the training rather than after it."
+    if config.map in LEARNED and not enough(units):
+        raise EqError(f"map {config.map!r} with {len(units)} normal validation images of {len(set(units))} patients; valid: two patients, one for the threshold, "
+                      "and two images of the half that it is learned from (three patients always do): more images, a larger validate_share, or another map")  # fmt: skip
 
 
 def _check(archs: tuple[str, ...], config: AnomalyConfig) -> None:
@@ -162,8 +174,7 @@ def train_anomaly(
     _check(archs, config)
     base = new_run_dir("anomaly", request.out)
     lesson = make_lesson(source, config, request.allow_leak, request.quiet)
-    if config.map in LEARNED:
-        deal_halves(lesson.valid.units)  # said now rather than after the training
+    _check_patients(config, lesson.valid.units)
     asked = {"archs": list(archs), "source": address_of(source), "config": told_config(config), "allow_leak": request.allow_leak,
              "pixels": lesson.about["pixels"]}
     write_json(base / REQUEST, asked)
@@ -215,6 +226,7 @@ def _go_on(request: AnomalyRequest) -> dict[str, AnomalyResult]:
     if address_of(source) != asked["source"]:
         raise EqError(f"{folder} was begun on {asked['source']}, now {address_of(source)} is asked for; valid: the same")
     lesson = make_lesson(source, wanted, request.allow_leak or asked["allow_leak"], request.quiet)
+    _check_patients(wanted, lesson.valid.units)
     if lesson.about["pixels"] != asked["pixels"]:
         raise EqError(f"the images of {asked['source']} are no longer those that {folder} was begun with, so patients may have changed parts; begin anew")
     return {arch: _one(folder / arch, arch, asked, wanted, lesson, request.quiet) for arch in archs}
