@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['STATUSES', 'Starter', 'TRACKERS', 'MOST_CHARACTERS', 'TrackPlan', 'Tracker', 'Backend', 'Guarded', 'start_tracker',
-           'flat', 'run_tags']
+           'tell_epoch', 'flat', 'run_tags']
 
 # %% ../../nbs/37d_training.tracking.ipynb #330f6b07
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -175,6 +176,14 @@ def start_tracker(
     return TRACKERS[name](plan, log or Logger(level="warning"))
 
 # %% ../../nbs/37d_training.tracking.ipynb #b66944d5
+def tell_epoch(
+    tracker: Tracker,  # Who is told
+    row: dict[str, Any],  # Of the history
+) -> None:
+    "Every number of an epoch that is finite: trackers take no other."
+    tracker.log({k: float(v) for k, v in row.items() if k != "epoch" and math.isfinite(v)}, int(row["epoch"]))
+
+
 MOST_CHARACTERS = 4000  # of a value; MLflow takes 6,000 of a parameter and 8,000 of a tag
 
 

@@ -228,7 +228,7 @@ def card_facts(
     scores, split = scores or {}, _part_table(meta, folder)
     if scores and (theirs := scores.get("weights_sha256", "")) != meta.weights_sha256:
         of = f"weights {theirs[:12]}" if theirs else "no single network"
-        raise EqError(f"the scores are of {of}, the checkpoint has {meta.weights_sha256[:12]}; valid: scores.json of `eq classify evaluate` for this checkpoint")
+        raise EqError(f"the scores are of {of}, the checkpoint has {meta.weights_sha256[:12]}; run `eq classify evaluate` again and give its scores.json")
     baselines = {f"{name}, {label}": value for who, label in BASELINES.items() for name, value in _of(scores, who, ("accuracy", "auroc")).items()}
     limits = [str(scores["verdict"])] if "verdict" in scores else [UNSEEN]
     if "leaks" in meta.data and not (leaks := leak_verdict(meta.data["leaks"]))[0]:

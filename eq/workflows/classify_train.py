@@ -34,9 +34,9 @@ from ..inference.picture_gate import BANK, REFERENCE, fit_picture_gate
 from ..inference.temperature import Calibration, calibrate_checkpoint
 from ..models.checkpoint import META, WEIGHTS, read_meta
 from ..models.classifier import classifier_family, create_classifier
-from ..training.fit_classify import ClassifyOptions, ClassifyResult, fit_classify, tell_epoch
+from ..training.fit_classify import ClassifyOptions, ClassifyResult, fit_classify
 from ..training.team import Team
-from ..training.tracking import Tracker, TrackPlan, start_tracker
+from ..training.tracking import Tracker, TrackPlan, start_tracker, tell_epoch
 from .classify_stages import COHORT, beginning, describe_classifier, ingested, noted, pictures_of, placed, prepared, split_of, told
 
 # %% ../../nbs/73d_workflows.classify_train.ipynb #643a30e0
