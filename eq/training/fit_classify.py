@@ -176,12 +176,6 @@ class ClassifyFit:
         return self.seen + round(self.team.mean(self.course.images) * self.team.size)
 
 # %% ../../nbs/37_training.fit_classify.ipynb #6fb15be6
-def _stale(fit: ClassifyFit) -> bool:
-    "Whether patience is used up."
-    worse = [r for r in fit.trainee.progress.history if r["step"] > fit.trainee.progress.best_step]
-    return bool(fit.options.patience and len(worse) >= fit.options.patience)
-
-
 def end_epoch(
     fit: ClassifyFit,  # The run
     loss: float,  # Mean training loss of the epoch in this process
@@ -201,7 +195,7 @@ def end_epoch(
            "train_loss": team.mean(loss), **{f"valid_{k}": v for k, v in asdict(score).items()}}
     progress.history.append(row)
     fit.bar.note = f", valid log loss {score.loss:.3f}, AUROC {score.auroc:.3f}"
-    finished = clock.progress() >= 1 or _stale(fit)
+    finished = clock.progress() >= 1 or progress.stale(options.patience)
     if improved or finished or options.minutes is None or clock.seconds() - before >= save_gap:
         progress.seconds = clock.seconds()
         if team.rank == 0:
@@ -237,7 +231,7 @@ def _run(fit: ClassifyFit) -> None:
     "As many epochs as the options ask for, less those that are done; half the batch when memory runs out."
     epochs = fit.options.epochs - fit.trainee.progress.epoch if fit.options.minutes is None else 10**6
     fit.clock.total_steps = max(1, fit.clock.step + epochs * len(fit.batches))
-    if epochs <= 0 or fit.clock.progress() >= 1 or _stale(fit):
+    if epochs <= 0 or fit.clock.progress() >= 1 or fit.trainee.progress.stale(fit.options.patience):
         return
     callbacks = fit.callbacks()
     if fit_within_memory(fit.learn, epochs, callbacks, fit.precision, fit.options.batch_size > 1 and fit.team.size == 1):

@@ -139,12 +139,6 @@ class Fit:
         return replace(self.meta, threshold=score.threshold, tta=score.tta, metrics=found)
 
 # %% ../../nbs/36_training.fit_segment.ipynb #918828d5
-def _stale(fit: Fit) -> bool:
-    "Whether patience is used up."
-    progress, patience = fit.trainee.progress, fit.options.patience
-    return bool(patience and sum(r["step"] > progress.best_step for r in progress.history) >= patience)
-
-
 def end_epoch(
     fit: Fit,  # The run
     loss: float,  # Mean training loss of the epoch
@@ -162,7 +156,7 @@ def end_epoch(
            "train_loss": loss, "valid_dice": score.dice, "threshold": score.threshold}
     progress.history.append(row)
     fit.bar.note = f", valid Dice {score.dice:.3f}"
-    finished = clock.progress() >= 1 or _stale(fit)
+    finished = clock.progress() >= 1 or progress.stale(fit.options.patience)
     if improved or finished or fit.options.minutes is None or clock.seconds() - before >= save_gap:
         progress.seconds = clock.seconds()
         save_state(fit.folder / "checkpoints", fit.trainee, fit.describe(score), best=improved)
@@ -195,7 +189,7 @@ def _run(fit: Fit) -> None:
     "The loop itself: as many epochs as the options ask for, less those that are done; half the batch when memory runs out."
     options, clock, done = fit.options, fit.clock, fit.trainee.progress.epoch
     epochs = options.epochs - done if options.minutes is None else 10**6
-    if epochs <= 0 or clock.progress() >= 1 or _stale(fit):
+    if epochs <= 0 or clock.progress() >= 1 or fit.trainee.progress.stale(fit.options.patience):
         return
     precision = Precision(fit.device, options.precision)
     cbs = [Schedule(clock, fit.rates(), options.frozen_until), precision, Average(fit.trainee.average, clock, options.ema), fit.bar,

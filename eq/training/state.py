@@ -36,6 +36,13 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)  # one row an epoch
     batch_size: int = 0  # images a step where memory had no room for as many as asked for; 0: as asked for
 
+    def stale(
+        self,
+        patience: int,  # Epochs; 0: never
+    ) -> bool:  # True: stop
+        "Whether so many epochs have passed since the best one."
+        return bool(patience and sum(row["step"] > self.best_step for row in self.history) >= patience)
+
 
 def _python_state() -> list[Any]:
     version, numbers, gauss = random.getstate()
