@@ -276,7 +276,7 @@ def test_a_rate_then_training_in_two_processes(pipeline: Path, eq: Say) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["status"] == "done" and "--processes 2" in manifest["command"] and main(["verify", str(run)]) == 0
     code, said = eq("train", "--processes", "2", "--resume")
-    assert code == 2 and f"nothing to resume: no training was cut off in {run}.unfinished; that in {run} is finished" in said, said
+    assert code == 2 and f"nothing to resume: no run was cut off in {run}.unfinished; that in {run} is finished" in said, said
     run.rename(pipeline / "trained_model.unfinished")  # as if it had been killed before it took its place
     assert "no finished training" in eq("evaluate")[1]
     code, said = eq("train", "--processes", "2", "--resume")

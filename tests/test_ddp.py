@@ -20,7 +20,8 @@ from eq.core.results import CheckpointMeta
 from eq.data.pictures import Pictures
 from eq.models.classifier import create_classifier
 from eq.training.ddp import join_team
-from eq.training.fit_classify import ClassifyOptions, fit_classify
+from eq.training.classify_options import ClassifyOptions
+from eq.training.fit_classify import fit_classify
 
 rng = np.random.default_rng(0)
 labels = np.arange(23) % 2  # 23 in batches of 8: shares of 4, of 4 and 3

@@ -36,7 +36,8 @@ def train(out: Path, resume: bool, **changes: object):  # noqa: ANN201
 
     from eq.core.results import CheckpointMeta
     from eq.models.classifier import create_classifier
-    from eq.training.fit_classify import ClassifyOptions, fit_classify
+    from eq.training.classify_options import ClassifyOptions
+    from eq.training.fit_classify import fit_classify
 
     options = ClassifyOptions(epochs=EPOCHS, batch_size=8, lr=0.01, optimiser="ranger", schedule="plateau", weight_decay=0.01, label_smoothing=0.1,
                               mixup=0.3, cutmix=1.0, freeze="until:0.4", ema=0.5, precision="fp32", device="cpu", quiet=True)

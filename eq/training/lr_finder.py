@@ -25,7 +25,8 @@ from ..core.results import CheckpointMeta
 from ..data.pictures import Pictures
 from .batches import check_pictures
 from .callback import EachEpoch
-from .fit_classify import ClassifyFit, ClassifyOptions
+from .classify_options import ClassifyOptions
+from .fit_classify import ClassifyFit
 from .state import random_state, set_random_state
 
 # %% ../../nbs/37b_training.lr_finder.ipynb #39a869df

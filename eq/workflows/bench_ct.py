@@ -30,7 +30,7 @@ from ..models.classifier import classifier_family
 from .bench import Row, Sitting, write_plot
 from .classify_judge import Judged, majority, pooled, size_only, within_folds
 from .classify_stages import pictures_of
-from .classify_train import train_split
+from .classify_train import short_recipe, train_split
 
 # %% ../../nbs/77l_workflows.bench_ct.ipynb #f712dc47
 LONG = 60  # slices: a run at least so long is trained on in the protocol "runs"
@@ -103,12 +103,12 @@ def recipe(
     minutes: float,  # For how long
     seed: int,  # Of everything random
 ) -> ClassifyConfig:  # Section classify with its changes
-    "VGG16 as params.yaml has it; the zoo by AdamW on a cosine, features frozen at first where they come from ImageNet."
+    "VGG16 as params.yaml has it; the zoo by `short_recipe`."
     changes: dict[str, object] = {"arch": competitor.arch, "weights": competitor.weights, "minutes": minutes, "seed": seed, "tracker": "none"}
-    if competitor.weights == "none":
-        changes["freeze"] = "none"  # random features would stay random
     if competitor.arch != "vgg16":
-        changes |= {"optimiser": "adamw", "schedule": "cosine", "weight_decay": 0.05, "freeze": "none" if competitor.weights == "none" else "until:0.2"}
+        changes |= short_recipe(competitor.weights)
+    elif competitor.weights == "none":
+        changes["freeze"] = "none"  # random features would stay random
     return load_config().classify.model_copy(update=changes)
 
 # %% ../../nbs/77l_workflows.bench_ct.ipynb #6f778e66

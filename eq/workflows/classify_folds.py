@@ -15,15 +15,14 @@ import pandas as pd
 
 from ..core.config import ClassifyConfig
 from ..core.files import atomic_write, plain, write_json
-from ..core.provenance import Run, begun
+from ..core.provenance import Run
 from ..core.registry import EqError
-from ..core.remake import remade, unfinished
-from ..core.request import remember_request, same_request
+from ..core.remake import remade, require_cut_off
 from ..data.pictures import Pictures
 from ..data.split import SCHEMES, Split
 from .classify_judge import answers, compare, independent_runs, pooled, prediction_table, within_folds
 from .classify_stages import COHORT, ingested, placed, split_of, told
-from .classify_train import MAY_CHANGE, thrown_away, train_split
+from .classify_train import MAY_CHANGE, TRAINED, train_split
 
 # %% ../../nbs/73i_workflows.classify_folds.ipynb #a7b19114
 def all_folds(
@@ -78,16 +77,10 @@ def crossvalidate(
 ) -> tuple[Path, dict[str, Any]]:  # The folder, with a checkpoint a fold; the scores
     "Every fold trained and tested. Raises EqError for a scheme without folds, and what `train_split` raises; what was finished is kept for --resume."
     final, splits = placed(config.paths.root_dir) / "crossvalidate", all_folds(config)
-    if resume and not begun(unfinished(final)):
-        raise EqError(f"nothing to resume: no cross-validation was cut off in {unfinished(final)}")
-    fixed = config.model_dump(mode="json", exclude=MAY_CHANGE | {"fold"})  # also how long: folds that are scored together were trained alike
     if resume:
-        same_request(unfinished(final), fixed)
-    lost = thrown_away(unfinished(final), resume)
-    with remade("classify-crossvalidate", final, told(config), resume) as run:
-        if lost:
-            run.log.warning(lost)
-        remember_request(run.dir, fixed)
+        require_cut_off(final)
+    fixed = config.model_dump(mode="json", exclude=MAY_CHANGE | {"fold"})  # also how long: folds that are scored together were trained alike
+    with remade("classify-crossvalidate", final, told(config), resume, fixed, TRAINED) as run:
         run.add_input(placed(config.paths.unzip_dir) / COHORT)
         folds = [_one(config, number, split, run, (resume, quiet)) for number, split in enumerate(splits)]
         scores = pool_folds(folds, splits)

@@ -16,9 +16,9 @@ import pandas as pd
 
 from ..core.classification import accuracy_above, auroc, class_intervals, class_scores, reliability_table
 from ..core.config import ClassifyConfig, load_config
-from ..core.files import atomic_write, plain, read_json, write_json
-from ..core.provenance import MANIFEST
+from ..core.files import atomic_write, plain, write_json
 from ..core.registry import EqError
+from ..core.remake import FINISHED, ending
 from ..core.results import CheckpointMeta, Interval
 from ..data.io import open_image
 from ..data.pictures import Pictures
@@ -179,8 +179,7 @@ def require_done(
     folder: Path,  # Of a training
 ) -> None:
     "Raises EqError unless the training came to its end."
-    status = read_json(folder / MANIFEST).get("status") if (folder / MANIFEST).is_file() else f"it has no {MANIFEST}"
-    if status != "done":
+    if (status := ending(folder)) != FINISHED:
         raise EqError(f"no finished training in {folder} ({status}): run `eq classify train` first, with --resume where one was cut off")
 
 
