@@ -31,6 +31,7 @@ base = ClassifyOptions(epochs=3, batch_size=8, lr=0.05, augment=False, precision
 RUNS = {
     "cached": ("tu-test_efficientnet", replace(base, schedule="cosine", weight_decay=1e-3)),
     "thawed": ("tu-test_convnext", replace(base, freeze="until:0.5", augment=True, mixup=0.4, cutmix=1.0, lr=0.02, label_smoothing=0.1, l1=1e-5)),
+    "probed": ("tu-test_convnext", replace(base, freeze="none", head="probe", ema=0.5, lr=0.02)),
 }
 team, out, rows = join_team("cpu"), Path(sys.argv[1]), {}
 for name, (arch, options) in RUNS.items():
@@ -68,7 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return alone, both
 
 
-@pytest.mark.parametrize("name", ["cached", "thawed"])
+@pytest.mark.parametrize("name", ["cached", "thawed", "probed"])
 def test_two_processes_equal_one(runs: tuple[Path, Path], name: str) -> None:
     """The last weights differ by rounding alone.
 
@@ -91,7 +92,7 @@ def start(name: str) -> dict:
     """The network before training."""
     from eq.models.classifier import create_classifier
 
-    return create_classifier({"cached": "tu-test_efficientnet", "thawed": "tu-test_convnext"}[name], dropout=0.0, seed=0).state_dict()
+    return create_classifier("tu-test_efficientnet" if name == "cached" else "tu-test_convnext", dropout=0.0, seed=0).state_dict()
 
 
 def test_both_processes_know_the_same(runs: tuple[Path, Path]) -> None:
@@ -100,7 +101,7 @@ def test_both_processes_know_the_same(runs: tuple[Path, Path]) -> None:
     one = json.loads((alone / "rank0of1.json").read_text())
     first, second = (json.loads((both / f"rank{r}of2.json").read_text()) for r in (0, 1))
     for name in one:
-        assert [r["images"] for r in one[name]] == [r["images"] for r in first[name]] == [23, 46, 69]
+        assert [r["images"] for r in one[name]] == [r["images"] for r in first[name]] == [*([0] if name == "probed" else []), 23, 46, 69]
         for column in ("train_loss", "valid_loss"):
             np.testing.assert_allclose([r[column] for r in first[name]], [r[column] for r in one[name]], atol=1e-4)
             assert [r[column] for r in first[name]] == [r[column] for r in second[name]]

@@ -45,7 +45,7 @@ class ClassifyConfig(Strict):
     schedule: str = Field(description="Registered course of the learning rate")
     dropout: float = Field(ge=0, lt=1, description="In the head")
     freeze: str = Field(description="features, none, or until:SHARE of the run")
-    head: Literal["random", "probe"] = Field(description="How the last layer begins: at random, or as a logistic regression on the features (probe)")
+    head: str = Field(description="How the last layer begins: random (or as a weights file has it), or probe, a logistic regression on the features")
     augmentation: bool = Field(description="Rotate by 40 degrees, flip, shift by 0.2, scale 0.8-1.2")
     mixup: float = Field(ge=0, description="Alpha of mixup; 0 is off")
     cutmix: float = Field(ge=0, description="Alpha of CutMix; 0 is off")

@@ -26,7 +26,7 @@ from ..data.pictures import Pictures
 from .batches import check_pictures
 from .callback import EachEpoch
 from .classify_options import ClassifyOptions
-from .fit_classify import ClassifyFit
+from .fit_classify import ClassifyFit, probe_head
 from .state import random_state, set_random_state
 
 # %% ../../nbs/37b_training.lr_finder.ipynb #39a869df
@@ -123,6 +123,8 @@ def find_rate(
         seed_everything(options.seed)
         fit = ClassifyFit(model, train, train, replace(options, lr=plan.low, ema=0.0, quiet=True), meta, Path("unused"))
         fit.prepare()
+        if options.head == "probe":
+            probe_head(fit)
 
         def next_epoch(_: float) -> bool:
             fit.batches.epoch += 1
