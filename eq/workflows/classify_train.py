@@ -89,7 +89,7 @@ def short_recipe(
     weights: str,  # As `config.weights`: imagenet, none, or a file
 ) -> dict[str, Any]:  # Changes to section classify
     "For minutes on a few hundred pictures: AdamW on a cosine. Weights that know pictures get a probe as head and stay frozen at first; random ones learn at once."
-    knows = {"freeze": "until:0.2", "head": "probe"} if weights != "none" else {"freeze": "none"}
+    knows = {"freeze": "until:0.2", "head": "probe", "learning_rate": 1e-4} if weights != "none" else {"freeze": "none"}
     return {"optimiser": "adamw", "schedule": "cosine", "weight_decay": 0.05, **knows}
 
 # %% ../../nbs/73d_workflows.classify_train.ipynb #5a1d6c02
