@@ -1,4 +1,5 @@
-# Every target does all it needs on a fresh clone: make install | demo | test | docs | bench | run-notebooks | lock | clean
+# On a fresh clone these do all they need: make install | demo | test | docs | readme | lock | clean.
+# bench, run-notebooks and pipeline also need real images (eq data list says which are here).
 # EQ_PYTHON=/path/to/python chooses the interpreter for .venv; otherwise the first Python >= 3.11 found below is taken.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -40,7 +41,7 @@ run-notebooks: $(STAMP)  ## The five parameterised notebooks of nbs/runs with th
 pipeline: $(STAMP)  ## The stages of the kidney CT classifier that something changed for (dvc.yaml)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" DVC_NO_ANALYTICS=1 dvc repro $(ARGS)
 
-execute: $(STAMP)  ## Run the notebooks whose outputs are missing or stale and store what they show
+execute: $(STAMP)  ## Run all notebooks, or those whose names hold one of ARGS, and store what they show
 	@$(BIN)/python tools/execute_notebooks.py $(ARGS)
 
 readme: $(STAMP)  ## Write README.md from nbs/index.ipynb
@@ -51,5 +52,5 @@ lock: $(STAMP)  ## Resolve settings.ini again, for every extra, Python and platf
 	@{ echo "# The exact set tested. Made by: make lock (uv pip compile --universal --all-extras setup.py)"; cat requirements.lock.new; } > requirements.lock
 	@rm requirements.lock.new
 
-clean:  ## Remove what the targets made, but for .venv and outputs
-	@rm -rf _docs _proc build dist .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache
+clean:  ## Remove docs, builds and caches; environments, outputs and results stay
+	@rm -rf _docs _proc build dist .coverage .coverage.* .hypothesis .pytest_cache .ruff_cache .import_linter_cache

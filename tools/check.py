@@ -1,7 +1,7 @@
 """What `make test` runs: the quick checks beside the notebooks, then pytest; ends with the times and pytest's own closing line.
 
 export   nbdev's export and clean, done on a copy, change nothing in nbs/ or eq/ (so `git diff` stays empty)
-layers   lint-imports: the floors of ARCHITECTURE.md
+layers   lint-imports: the floors in .importlinter
 style    ruff over notebooks, tests, tools and the package
 types    pyright over eq/
 notebooks  every notebook's tests; cells flagged `data` run where the images are, and must where CI is set

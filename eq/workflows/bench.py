@@ -149,9 +149,9 @@ def run_benches(
 
 def command(
     name: Annotated[str, typer.Argument(help=f"{', '.join(BENCHES)}, or all of them")],  # A registered benchmark, or "all"
-    minutes: Annotated[float | None, typer.Option(help="Training time of each method [params.yaml: bench.minutes]")] = None,  # Minutes
-    seed: Annotated[list[int] | None, typer.Option(help="Seeds, one --seed each [params.yaml: bench.seeds]")] = None,  # Seeds
-    only: Annotated[list[str] | None, typer.Option(help="Measure only this variant, one --only each")] = None,  # Names of variants
+    minutes: Annotated[float | None, typer.Option(help="Training minutes of each method; ct: of all [default: from bench.minutes in params.yaml]")] = None,  # Minutes
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds, one --seed each; features: numbers of objects [params.yaml: bench.seeds]")] = None,  # Seeds
+    only: Annotated[list[str] | None, typer.Option(help="Measure only this variant (ct: protocol, zoo: network, chain: size), one --only each")] = None,  # Names of variants
 ) -> None:
     "Measure side by side with peers and append the rows to benchmarks/results/NAME.csv."
     words = ["eq", "bench", name] + ([f"--minutes {minutes:g}"] if minutes else []) + [f"--seed {s}" for s in seed or []]

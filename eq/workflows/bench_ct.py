@@ -103,7 +103,7 @@ def recipe(
     minutes: float,  # For how long
     seed: int,  # Of everything random
 ) -> ClassifyConfig:  # Section classify with its changes
-    "VGG16 as params.yaml has it; the zoo by `short_recipe`."
+    "VGG16 as params.yaml has it (unfrozen where its weights are random); the zoo by `short_recipe`."
     changes: dict[str, object] = {"arch": competitor.arch, "weights": competitor.weights, "minutes": minutes, "seed": seed, "tracker": "none"}
     if competitor.arch != "vgg16":
         changes |= short_recipe(competitor.weights)

@@ -88,7 +88,7 @@ def _complete(folder: Path, train: Pictures, valid: Pictures, device: str) -> Ca
 def short_recipe(
     weights: str,  # As `config.weights`: imagenet, none, or a file
 ) -> dict[str, Any]:  # Changes to section classify
-    "For minutes on a few hundred pictures: AdamW on a cosine. Weights that know pictures get a probe as head and stay frozen at first; random ones learn at once."
+    "For minutes on a few hundred pictures: AdamW on a cosine. Weights that know pictures: a probe as head, rate 0.0001, frozen at first; random ones learn at once."
     knows = {"freeze": "until:0.2", "head": "probe", "learning_rate": 1e-4} if weights != "none" else {"freeze": "none"}
     return {"optimiser": "adamw", "schedule": "cosine", "weight_decay": 0.05, **knows}
 

@@ -156,7 +156,7 @@ def command(
     out: Annotated[Path | None, typer.Option(help="folder of the run; default a new one below outputs/")] = None,  # Folder of the run
     resume: Annotated[bool, typer.Option("--resume", help="go on in --out; finished training is not done again")] = False,  # Go on
 ) -> None:
-    "Execute a run notebook with parameters; leaves the notebook, a report, metrics and a manifest in one folder."
+    "Execute a run notebook with parameters; leaves the notebook, a report, its figures and a manifest in one folder."
     notebook = find_notebook(name)
     folder = run_notebook(notebook, read_parameters(pairs or [], notebook_parameters(notebook)), out, resume)
     report = folder / "report.html"
