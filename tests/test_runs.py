@@ -105,6 +105,28 @@ def test_kidney_ct(tmp_path, monkeypatch):
     assert json.loads((out / "metrics.json").read_text())["scores"] == metrics["scores"]
 
 
+def test_anomaly(tmp_path, monkeypatch):
+    "Both networks on discs and rings, one table, and report and metrics where every run has them."
+    for key, value in {"SIZE": "32", "LATENT": "8", "BATCH_SIZE": "16"}.items():
+        monkeypatch.setenv(f"EQ__ANOMALY__{key}", value)
+    y, x = np.mgrid[:40, :40]
+    rng, rows, out = np.random.default_rng(0), [], tmp_path / "run"
+    for i in range(28):
+        ring = i >= 20
+        inside = (np.hypot(y - 20, x - 20) < 11) & (np.hypot(y - 20, x - 20) >= 6 * ring)
+        Image.fromarray(np.clip(60 + 120 * inside + rng.normal(0, 40, (40, 40)), 0, 255).astype(np.uint8)).save(tmp_path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "label": "ring" if ring else "well", "subject": f"s{i // 2}"})
+    pd.DataFrame(rows).to_csv(tmp_path / "cohort.csv", index=False)
+    given = {"source": tmp_path / "cohort.csv", "normal": "well", "minutes": SECONDS, "width": 0.05, "allow_leak": "drawn alike"}
+    done = run("anomaly", out, **given)
+    assert done.returncode == 0 and done.stdout.strip().endswith("report.html"), done.stderr[-4000:]
+    manifest, metrics = (json.loads((out / name).read_text()) for name in ("manifest.json", "metrics.json"))
+    assert {"anomaly.ipynb", "report.html", "metrics.json", "judged/scores.csv", "train/unet/model.safetensors"} <= {a["path"] for a in manifest["artefacts"]}
+    found = metrics["scores"]["ring"]
+    assert {"unet", "reversed", "pca", "knn"} <= set(found) and 0 <= found["unet"]["auroc"]["estimate"] <= 1
+    assert metrics["verdict"] in (out / "report.html").read_text(encoding="utf-8") and manifest["metrics"]["verdict"] == metrics["verdict"]
+
+
 def test_a_bad_source_fails_in_its_cell_and_says_why(tmp_path):
     out = tmp_path / "run"
     done = run("mitochondria", out, source="em_vcn", minutes=SECONDS)
