@@ -24,7 +24,7 @@ from ..data.io import open_image
 from ..data.listing import list_pictures
 from ..data.mask import MASK_CODINGS, read_mask
 from ..data.pictures import picture_mask
-from ..inference.classify import DONE, FAILED, REFUSED, Classifier, read_for
+from ..inference.classify import DONE, FAILED, REFUSED, Classifier, read_for, sees_body
 from ..inference.explain import METHODS, explain
 from ..inference.explain_score import score_map
 from ..inference.picture_gate import PictureGates, load_picture_gates
@@ -114,7 +114,7 @@ class Desk:
             return None
         self.run.add_input(mask)
         meta = self.classifier.meta
-        return picture_mask(path, read_mask(mask, self.request.coding), meta.tile, bool(meta.params.get("body", True)))
+        return picture_mask(path, read_mask(mask, self.request.coding), meta.tile, sees_body(meta))
 
     def look(
         self,
