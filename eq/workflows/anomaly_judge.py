@@ -77,16 +77,19 @@ def pass_verdict(
 def verdict_text(
     verdict: Verdict,  # From `pass_verdict`
     trained: Sequence[str],  # Names of the trained networks
-) -> str:  # Two sentences
+) -> str:  # Two sentences, a third where the intervals are not to be trusted
     "What may be concluded: training pays only where the interval of the difference lies above 0."
     plain = [n for n in verdict.scores if n not in trained]
     own, other = verdict.best(trained), verdict.best(plain)
     mine, theirs = verdict.scores[own].auroc, verdict.scores[other].auroc
-    said = f"{own} separates {verdict.contrast} from normal with an AUROC of {mine}, the best of {len(plain)} baselines ({other}) with {theirs}"
     interval, test = verdict.pairs[f"{own} - {other}"]
+    notes = list(dict.fromkeys(i.note for i in (mine, theirs, interval) if i.note))
+    mine, theirs, gap = (replace(i, note="") for i in (mine, theirs, interval))  # what they share is said once, at the end
+    said = f"{own} separates {verdict.contrast} from normal with an AUROC of {mine}, the best of {len(plain)} baselines ({other}) with {theirs}"
     lead = "Training paid" if interval.above_zero else "No gain from training was shown"
     picked = f" Both were picked as the best of {len(trained)} and {len(plain)} on these images, which interval and p do not know."
-    return f"{lead}: {said}; difference {interval}, p = {test.p:.2g} (DeLong).{picked}"
+    doubt = f" Of the intervals: {'; '.join(notes)}." if notes else ""
+    return f"{lead}: {said}; difference {gap}, p = {test.p:.2g} (DeLong).{picked}{doubt}"
 
 # %% ../../nbs/75h_workflows.anomaly_judge.ipynb #94529e07
 def score_rows(
