@@ -81,8 +81,9 @@ def fit_probe(
     x, labels = train[0].astype(np.float64), train[1]
     mean, spread, found = x.mean(0), x.std(0), list[tuple[float, Probe]]()
     scale = np.maximum(spread, RARE * float(np.median(spread)) or 1.0)
+    standard = (x - mean) / scale
     for strength in STRENGTHS:
-        regression = LogisticRegression(C=strength, max_iter=2000, class_weight="balanced" if balanced else None).fit((x - mean) / scale, labels)
+        regression = LogisticRegression(C=strength, max_iter=2000, class_weight="balanced" if balanced else None).fit(standard, labels)
         weight, bias = as_layer(regression, mean, scale)
         known, asked = (score_logits(part[0] @ weight.T + bias, part[1]).loss for part in (train, valid))
         found.append((asked, Probe(weight, bias, strength, known)))
