@@ -24,7 +24,7 @@ from nbdev.process import Processor
 from nbdev.processors import FilterDefaults, exec_show_docs
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS, PROC, DOCS = ROOT / "nbs", ROOT / "_proc", ROOT / "_docs"
+NBS = ROOT / "nbs"
 
 
 @dataclass(frozen=True)
@@ -115,17 +115,17 @@ def process(found: list[Page], proc: Path) -> None:
     shutil.copytree(NBS / "images", proc / "images", dirs_exist_ok=True)
 
 
-def render_quarto() -> None:
+def render_quarto(proc: Path, docs: Path) -> None:
     "Let Quarto make the site."
     from nbdev.quarto import _nbdev_yml
 
     config = get_config()
     values = {k: config[k] for k in ("title", "description", "branch", "git_url", "doc_host", "doc_baseurl")}
-    (PROC / "nbdev.yml").write_text(_nbdev_yml.format(**values, doc_path="_docs"), encoding="utf-8")
-    shutil.copy(ROOT / "_quarto.yml", PROC / "_quarto.yml")
-    subprocess.run(["quarto", "render", "--no-execute", "--to", "html"], cwd=PROC, check=True)
-    shutil.rmtree(DOCS, ignore_errors=True)
-    shutil.move(PROC / "_docs", DOCS)
+    (proc / "nbdev.yml").write_text(_nbdev_yml.format(**values, doc_path="_docs"), encoding="utf-8")
+    shutil.copy(ROOT / "_quarto.yml", proc / "_quarto.yml")
+    subprocess.run(["quarto", "render", "--no-execute", "--to", "html"], cwd=proc, check=True)
+    shutil.rmtree(docs, ignore_errors=True)
+    shutil.move(proc / "_docs", docs)
 
 
 def slug(text: str) -> str:
@@ -266,17 +266,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sidebar", action="store_true", help="write nbs/sidebar.yml and stop")
     parser.add_argument("--nbconvert", action="store_true", help="do without Quarto even where it is installed")
+    parser.add_argument("--out", type=Path, help="folder that gets _proc and _docs; nbs/sidebar.yml stays as it is [default: the checkout]")
     args = parser.parse_args()
     found = pages()
-    (NBS / "sidebar.yml").write_text(sidebar(found), encoding="utf-8")
+    if args.out is None:
+        (NBS / "sidebar.yml").write_text(sidebar(found), encoding="utf-8")
     if args.sidebar:
         return 0
-    process(found, PROC)
+    proc, docs = ((args.out or ROOT) / name for name in ("_proc", "_docs"))
+    process(found, proc)
     if shutil.which("quarto") and not args.nbconvert:
-        render_quarto()
+        render_quarto(proc, docs)
     else:
-        render_nbconvert(found, PROC, DOCS)
-    print(f"{len(found)} pages in {DOCS / 'index.html'}")
+        render_nbconvert(found, proc, docs)
+    print(f"{len(found)} pages in {docs / 'index.html'}")
     return 0
 
 

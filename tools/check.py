@@ -5,7 +5,7 @@ layers   lint-imports: the floors in .importlinter
 style    ruff over notebooks, tests, tools and the package
 types    pyright over eq/
 notebooks  every notebook's tests; cells flagged `data` run where the images are, and must where CI is set
-pytest   tests/, with the coverage of eq/ by notebooks and tests together
+pytest   tests/, with the coverage of eq/ by them
 """
 import argparse
 import contextlib
@@ -128,23 +128,23 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, **fixed, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}", **more}
 
 
-def measured(part: str) -> dict[str, str]:
-    "Each step keeps its coverage in a folder of its own: pytest-cov erases and combines whatever lies beside its data file."
-    folder = LOGS / "cover" / part
+def measured() -> dict[str, str]:
+    "Coverage goes to a folder of its own: pytest-cov erases and combines whatever lies beside its data file."
+    folder = LOGS / "cover"
     folder.mkdir(parents=True, exist_ok=True)
     return {"COVERAGE_FILE": str(folder / ".coverage"), "COVERAGE_RCFILE": str(ROOT / ".coveragerc")}
 
 
 def coverage(steps: Steps) -> None:
-    "Put the parts together and hold them against the bar."
+    "Put the parts together, those of processes that tests started among them, and hold them against the bar."
     command, start = [str(BIN / "coverage")], time.time()
-    parts = [str(file) for part in ("notebooks", "pytest") for file in sorted((LOGS / "cover" / part).glob(".coverage*"))]  # of a folder it would skip a plain .coverage
+    parts = [str(file) for file in sorted((LOGS / "cover").glob(".coverage*"))]  # of a folder it would skip a plain .coverage
     subprocess.run([*command, "combine", "--quiet", "--keep", *parts], cwd=ROOT, env=environment(), check=False)
     report = [*command, "report", f"--fail-under={COVER_AT_LEAST}", "--sort=cover"]
     done = subprocess.run(report, cwd=ROOT, env=environment(), check=False, capture_output=True, text=True)
     (LOGS / "coverage.log").write_text(done.stdout + done.stderr, encoding="utf-8")
     lines = done.stdout.strip().splitlines()
-    print("\n".join(["", "least covered modules of eq/ (notebooks and tests together)", *lines[:12], "...", *lines[-3:]]))
+    print("\n".join(["", "least covered modules of eq/ (by tests/ alone; what a notebook's cells try is not counted)", *lines[:12], "...", *lines[-3:]]))
     steps.results["coverage"] = (done.returncode, time.time() - start)
 
 
@@ -164,15 +164,14 @@ def main() -> int:
 
     beside = threading.Thread(target=quick)
     beside.start()
-    steps.run("notebooks", [BIN / "coverage", "run", "tools/nbtest.py", "--jobs", args.jobs, "--flags", " ".join(flags)], **measured("notebooks"))
+    steps.run("notebooks", [sys.executable, "tools/nbtest.py", "--jobs", args.jobs, "--flags", " ".join(flags)])
     beside.join()
     closing = ""
     if "pytest" in args.only:
         spread = ["-n", args.jobs, "--dist", "worksteal"]
         shown = ["-q", "-ra", "--color=no", "--durations=15"]
-        closing = steps.pytest([BIN / "pytest", "tests", *shown, "--cov", "--cov-report=", *spread], **measured("pytest"))
-        if "notebooks" in args.only:
-            coverage(steps)
+        closing = steps.pytest([BIN / "pytest", "tests", *shown, "--cov", "--cov-report=", *spread], **measured())
+        coverage(steps)
     print("\nwhere the time went")
     for name, (code, seconds) in steps.results.items():
         print(f"  {'ok  ' if code == 0 else 'FAIL'} {seconds:7.1f} s  {name}")

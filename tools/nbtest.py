@@ -108,7 +108,7 @@ def run_all(paths: list[Path], flags: list[str], jobs: int, results: dict[str, b
             results[name] = passed
             print(f"{'ok  ' if passed else 'FAIL'} {seconds:6.1f} s  {name}", flush=True)
         pool.close()
-        pool.join()  # each worker writes its coverage when it ends
+        pool.join()
 
 
 def main() -> int:

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Probe', 'DEVICES', 'PREFERRED', 'CPU_FLAGS', 'PRECISIONS', 'T', 'R', 'pick_device', 'fast_bf16', 'pick_precision',
-           'autocast', 'memory_format', 'free_memory', 'batch_size_for', 'is_out_of_memory', 'free_cache',
-           'halving_batches', 'seed_everything']
+           'autocast', 'memory_format', 'free_memory', 'peak_memory', 'batch_size_for', 'is_out_of_memory',
+           'free_cache', 'halving_batches', 'seed_everything']
 
 # %% ../../nbs/07_core.device.ipynb #11f69568
 import gc
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -136,6 +137,19 @@ def free_memory(
     "Memory that can be used on a device right now."
     device = torch.device(device)
     return DEVICES[device.type][1](device)
+
+
+def peak_memory() -> float:  # MB
+    "The most main memory that this process has held. Where there is no /proc, a child that was forked counts what its parent held until then."
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    held = [int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")]
+    if held:
+        return held[0]
+    import resource  # Windows has none
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def batch_size_for(

@@ -8,7 +8,6 @@ __all__ = ['TRIED', 'IN_FILE', 'PUBLISHED', 'Course', 'train_network', 'read_mor
 
 # %% ../../nbs/77o_workflows.bench_anomaly.ipynb #44a42d99
 import re
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,9 +21,9 @@ import pandas as pd
 import torch
 
 from ..core.config import AnomalyConfig, load_config
-from ..core.device import autocast
+from ..core.device import autocast, peak_memory
 from ..core.paths import outputs_root
-from ..core.registry import unknown_name
+from ..core.registry import EqError, unknown_name
 from ..data.cohort import Cohort
 from ..data.leakage import check_leaks
 from ..data.source import load_source
@@ -61,13 +60,14 @@ def train_network(
     exam: Exam,  # Its training and validation images
     config: AnomalyConfig,  # Section anomaly
     course: Course,  # Minutes and folder
-) -> tuple[Autoencoder, float]:  # The trained network, minutes it took
+) -> tuple[Autoencoder, list[Row]]:  # The trained network; minutes, epochs and images of its training
     "One training from random weights, without a run around it."
     model = create_autoencoder(arch, config.size, config.latent, config.width, seed=config.seed)
     options = replace(fit_options(config), minutes=course.minutes)
     folder = course.folder / f"{arch}-{config.intensity}-{config.seed}"
     result = fit_anomaly(model, exam.train.images, exam.validate.images, options, describe_autoencoder(arch, config), folder)
-    return model, result.seconds / 60
+    told = {"minutes": (result.seconds / 60, "min"), "epochs": (len(result.history), ""), "images": (result.images, "")}
+    return model, [Row(arch, name, float(value), unit, str(config.seed)) for name, (value, unit) in told.items()]
 
 
 def read_more(
@@ -79,12 +79,15 @@ def read_more(
     "What else can be read off the same networks."
     found: dict[str, Witness] = {}
     for arch, model in networks.items():
-        found |= {f"tried: {arch} {name}": examine(model, exam, name, True, reduce) for name in TRIED}
+        for name in TRIED:
+            try:
+                found[f"tried: {arch} {name}"] = examine(model, exam, name, True, reduce)
+            except EqError as error:  # weights that cannot be had shall not cost the training
+                print(f"{arch} is not read by {name}: {error}")
         near = [latent_findings(model, exam.train.images, part.images) for part in (exam.validate, exam.test)]
         found[f"tried: {arch} latent mahalanobis"] = Witness(near[0].scores, Findings(near[1].scores), True)
     found["tried: both networks"] = together([headline[a] for a in networks])
-    found["tried: networks and levels"] = together([headline[n] for n in (*networks, "levels")])
-    return found
+    return found | ({"tried: networks and levels": together([headline[n] for n in (*networks, "levels")])} if "levels" in headline else {})
 
 
 def verdict_rows(
@@ -97,7 +100,7 @@ def verdict_rows(
     for name, s in verdict.scores.items():
         values = {"auroc": s.auroc.estimate, "auroc_low": s.auroc.low, "auroc_high": s.auroc.high, "auprc": s.auprc.estimate, "prevalence": s.prevalence,
                   "mse": s.mse, "mse_abnormal": s.mse_abnormal}
-        values |= {k: i.estimate for k in ("sensitivity", "specificity") if (i := getattr(s, k)) is not None}
+        values |= {k: i.estimate for k in ("sensitivity", "specificity", "sensitivity95") if (i := getattr(s, k)) is not None}
         rows += [Row(name, f"{k}{suffix}", float(v), seed=str(seed)) for k, v in values.items() if v == v]
     for pair, (interval, test) in verdict.pairs.items():
         values = {"difference": interval.estimate, "difference_low": interval.low, "difference_high": interval.high, "p_delong": test.p}
@@ -137,11 +140,11 @@ def one_seed(
 ) -> list[Row]:  # Of both exposures
     "Networks and baselines with the exposure taken out; baselines, and the networks' residuals, once more with it kept."
     exam, rows = make_exam(cohort, config, quiet=True), list[Row]()
-    networks = dict[str, Autoencoder]()
+    plain, networks = examine_baselines(exam, quiet=True)[0], dict[str, Autoencoder]()
     for arch in course.archs:
-        networks[arch], minutes = train_network(arch, exam, config, course)
-        rows.append(Row(arch, "minutes", minutes, "min", str(config.seed)))
-    witnesses = {arch: examine(model, exam, config.map, True, config.reduce) for arch, model in networks.items()} | examine_baselines(exam, quiet=True)[0]
+        networks[arch], told = train_network(arch, exam, config, course)
+        rows += told
+    witnesses = {arch: examine(model, exam, config.map, True, config.reduce) for arch, model in networks.items()} | plain
     more = read_more(networks, exam, witnesses, config.reduce) if len(networks) > 1 else {}
     for label in exam.contrasts():
         rows += verdict_rows(pass_verdict(witnesses, exam, label, config), f"_{label}", config.seed)
@@ -167,7 +170,7 @@ def measure_cost(
 
     start = time.monotonic()
     take_step(OBJECTIVES[arch].phases(model, x, options.balance(), 0.5), optimiser, precisely)
-    seconds, memory = time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    seconds, memory = time.monotonic() - start, peak_memory()
     with TemporaryDirectory() as tmp, torch.inference_mode():
         start = time.monotonic()
         save_checkpoint(tmp, model, describe_autoencoder(arch, config.model_copy(update={"width": width})))

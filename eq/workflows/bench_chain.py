@@ -7,7 +7,6 @@ __all__ = ['SIZES', 'ANIMALS', 'FIELDS', 'paint_animal', 'run_chain', 'chain_row
 
 # %% ../../nbs/77n_workflows.bench_chain.ipynb #21ddc91b
 import multiprocessing
-import resource
 import time
 from collections.abc import Sequence
 
@@ -15,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.config import load_config
+from ..core.device import peak_memory
 from ..core.registry import EqError
 from ..data.synthetic_kidney import KidneyField, KidneySpec, make_kidney_field
 from ..data.synthetic_raters import draw_panel, rate
@@ -79,7 +79,7 @@ def run_chain(
     effects = estimate_effect(scores, known, EffectPlan(permutations=999))
     told["effect"] = time.perf_counter() - begin
     told["all"] = sum(told.values())
-    return told | {"objects": float(len(glomeruli)), "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}, effects
+    return told | {"objects": float(len(glomeruli)), "peak": peak_memory()}, effects
 
 
 def _told(count: int, seed: int) -> dict[str, float]:

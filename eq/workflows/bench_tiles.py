@@ -210,12 +210,13 @@ def unseen_sections() -> list[np.ndarray]:  # Validation and test sections of em
 
 # %% ../../nbs/77b_workflows.bench_tiles.ipynb #b0b82a31
 _PEAK = """
-import resource, sys
+import sys
 from pathlib import Path
+from eq.core.device import peak_memory
 from eq.data.io import open_image
 from eq.inference.segment import Engine, Segmenter, predict_image
 found = predict_image(open_image(sys.argv[1]), Segmenter.from_checkpoint(sys.argv[2], Engine(device="cpu")), Path(sys.argv[3]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, found.ledger.done, found.seconds)
+print(peak_memory(), found.ledger.done, found.seconds)
 """
 
 
