@@ -136,7 +136,7 @@ def measured() -> dict[str, str]:
 
 
 def coverage(steps: Steps) -> None:
-    "Put the parts together, those of processes that tests started among them, and hold them against the bar."
+    "Put the parts together and hold them against the bar. Programs that tests start are not counted: it would slow each of their imports by half."
     command, start = [str(BIN / "coverage")], time.time()
     parts = [str(file) for file in sorted((LOGS / "cover").glob(".coverage*"))]  # of a folder it would skip a plain .coverage
     subprocess.run([*command, "combine", "--quiet", "--keep", *parts], cwd=ROOT, env=environment(), check=False)
