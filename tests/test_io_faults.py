@@ -442,7 +442,7 @@ def test_masks_of_the_wrong_coding_say_so(tmp_path: Path) -> None:
     write_png(tmp_path / "m.png", red)
     row = {"image": str(tmp_path / "i.png"), "mask": str(tmp_path / "m.png")}
     (problem,) = validate_pairs(Cohort(table=pd.DataFrame([row | {"mask_coding": "grey127"}]), name="x"))
-    assert problem.problem == "empty mask" and "largest value is [255, 0, 0]" in problem.detail
+    assert problem.problem == "unreadable mask" and "holds 0, (255, 0, 0)" in problem.detail and "for example red127" in problem.detail
     assert validate_pairs(Cohort(table=pd.DataFrame([row | {"mask_coding": "red127"}]), name="x")) == []
     (problem,) = validate_pairs(Cohort(table=pd.DataFrame([row | {"mask_coding": "red"}]), name="x"))
     assert "did you mean 'red127'?" in problem.detail

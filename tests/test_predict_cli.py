@@ -23,6 +23,7 @@ from eq.data.annotations import read_geojson
 from eq.data.cohort import Cohort, save_cohort
 from eq.data.io import TiffPlan, open_image, write_ome_tiff, write_ome_tiff_bands, write_png
 from eq.inference.segment import Engine, Segmenter, predict_probability
+from eq.models.autoencoder import create_autoencoder
 from eq.models.checkpoint import load_checkpoint, save_checkpoint
 from eq.models.unet import create_unet
 from eq.workflows.cli import main
@@ -447,6 +448,33 @@ def test_evaluate_lists_what_cannot_be_scored(model, cohort, tmp_path, capsys):
     bad = save_cohort(Cohort(table, name="blobs", task="glom"), tmp_path / "bad.csv")
     code, out, err = eq(capsys, "evaluate", "--model", model, "--source", bad, "--out", tmp_path / "out", "--backend", "torch")
     assert code == 1 and "3 images" in out and "mask is (9, 9), its image" in err
+
+
+def test_masks_of_another_coding_are_refused(model, cohort, tmp_path, capsys):
+    "A CSV by hand has no column `mask_coding`: 0 and 1 would be read as no object, and a network that finds nothing as perfect."
+    rows = []
+    for i in range(3):
+        write_png(tmp_path / f"{i}.png", blobs(96, 128, seed=i))
+        write_png(tmp_path / f"{i}_mask.png", np.eye(96, 128, dtype=np.uint8) * np.uint8(i))
+        rows.append({"image": f"{i}.png", "mask": f"{i}_mask.png"})
+    pd.DataFrame(rows).to_csv(tmp_path / "by_hand.csv", index=False)
+    args = ("evaluate", "--model", model, "--source", tmp_path / "by_hand.csv", "--backend", "torch")
+    code, out, err = eq(capsys, *args, "--out", tmp_path / "out")
+    assert code == 1 and "1 images" in out and err.count("failed: ") == 2  # the first mask is all zeros: empty in every coding
+    assert "the mask holds 0, 1: 96 pixels from 1 to 127 would be lost" in err and "label (numbers are classes) or instances" in err
+    pd.DataFrame(rows).assign(mask_coding="label").to_csv(tmp_path / "by_hand.csv", index=False)
+    code, out, err = eq(capsys, *args, "--out", tmp_path / "told")
+    assert code == 0 and "3 images" in out, err
+
+
+@pytest.mark.parametrize(("task", "verb"), [("anomaly", "`eq evaluate anomaly`"), ("classify", "`eq classify predict`")])
+def test_checkpoints_of_another_kind_are_refused(task, verb, cohort, tmp_path, capsys):
+    net = create_autoencoder("unet", 64, 8, 0.25)
+    save_checkpoint(tmp_path / task, net, replace(META, task=task, in_channels=1, mean=(0.5,), std=(0.25,), params={"network": {"latent": 8, "width": 0.25}}))
+    for args in (("predict", cohort.parent / "0.png"), ("evaluate", "--source", cohort)):
+        code, out, err = eq(capsys, *args, "--model", tmp_path / task, "--out", tmp_path / "out")
+        assert (code, out, err.count("\n")) == (2, "", 1) and f"a checkpoint of task {task!r}" in err and verb in err, err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("verb", ["predict", "evaluate"])

@@ -158,6 +158,10 @@ class Cohort(CohortTable):
         where = where if where.dtype == bool else where.astype(int)
         return replace(self, table=self.table.iloc[where])
 
+    def images_once(self) -> "Cohort":  # One row for each image and mask
+        "For whoever looks at pixels: of the rows that several raters make of one image, the first."
+        return self.subset(~self.table.duplicated(["image", "mask"]).to_numpy())
+
     @classmethod
     def from_csv(cls, csv: str | Path, **info: Any) -> "Cohort":
         "See `load_cohort`."

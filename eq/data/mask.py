@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tifffile
 from tqdm import tqdm
 
 from ..core.registry import EqError, Registry
 from .cohort import Cohort
-from .io import Image, open_image
+from .io import Image, image_format, open_image
 from .pixels import needs_window, shown_channels
+from .segments import STREAMS
 
 # %% ../../nbs/11_data.mask.ipynb #0da32323
 BINARY_P2C = [0, 1]
@@ -56,16 +58,48 @@ def _picture(image: Image) -> np.ndarray:
     return np.repeat((grey * np.uint8(255))[..., None], 3, axis=2)
 
 
+def _rings(image: Image) -> bool:
+    # whether the file may be a JPEG within
+    form = image_format(image.path)
+    if form != "tiff":
+        return form not in ("png", "nifti", "ome-zarr")
+    with tifffile.TiffFile(image.path) as tif:
+        return int(tif.series[0].keyframe.compression) in STREAMS
+
+
+def _values(picture: np.ndarray) -> str:
+    colours = np.unique(picture.reshape(-1, 3).astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32))
+    shown = [f"{c >> 16}" if c % 0x10101 == 0 else f"({c >> 16}, {c >> 8 & 255}, {c & 255})" for c in colours[:4].tolist()]
+    return ", ".join(shown) + (f" and {len(colours) - 4} more" if len(colours) > 4 else "")
+
+
+def _marked(image: Image, picture: np.ndarray, level: np.ndarray) -> np.ndarray:
+    "Where the level is above the threshold. Raises EqError where that cannot be what the file means."
+    on = level > THRESHOLD
+    marked, held = int(np.count_nonzero(on)), int(np.count_nonzero(level))
+    nothing = not marked and picture.any() and (not _rings(image) or np.ptp(picture) > 0)  # an empty JPEG may be one even grey
+    if nothing or (held > 2 * marked > 0 and not _rings(image)):
+        grey = (picture == picture[..., :1]).all()
+        fits = "label (numbers are classes) or instances (each number is an object)" if grey else "red127 or glom_viable_sclerosed (colours)"
+        what = f"the mask holds {_values(picture)}: {held - marked} pixels from 1 to {THRESHOLD} would be lost, {marked} are above"
+        raise EqError(f"{image.path}: {what}; another mask_coding may fit, for example {fits}")
+    return on
+
+
 def _grey127(image: Image) -> np.ndarray:
-    return (grey_level(_picture(image)) > THRESHOLD).astype(np.uint8)
+    picture = _picture(image)
+    return _marked(image, picture, grey_level(picture)).astype(np.uint8)
 
 
 def _red127(image: Image) -> np.ndarray:
-    return (_picture(image)[..., 0] > THRESHOLD).astype(np.uint8)
+    picture = _picture(image)
+    return _marked(image, picture, picture[..., 0]).astype(np.uint8)
 
 
 def _green_red(image: Image) -> np.ndarray:
-    on = _picture(image) > THRESHOLD
+    picture = _picture(image)
+    _marked(image, picture, picture.max(axis=2))
+    on = picture > THRESHOLD
     red, green, blue = on[..., 0], on[..., 1], on[..., 2]
     unclear = blue | (red & green)
     if unclear.any():

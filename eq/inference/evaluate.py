@@ -153,7 +153,7 @@ def evaluate_cohort(
     "Predicts and scores every image. Raises EqError when the terms forbid it and when no image can be scored."
     cohort.permit("evaluate")
     options, done, failed = options or ScoreOptions(), [], {}
-    for row in cohort.table.to_dict("records"):
+    for row in cohort.images_once().table.to_dict("records"):
         try:
             done.append(score_image(segmenter, row, str(row[cohort.split_unit]), options.iou))
         except EqError as error:

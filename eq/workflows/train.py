@@ -142,6 +142,7 @@ def _train(request: TrainRequest, split: Split, px_size_um: float | None, run: R
     "Reads, builds, fits; inside a run that writes the manifest."
     train, task = settings(request.task, with_network(request))
     hashes = {name: [run.add_input(path, files[path]) for path in split.parts[name].table["image"]] for name in ("train", "validate")}
+    hashes["test"] = [sha256_path(path) for path in split.test.table["image"]]  # so that `eq evaluate` knows them wherever they lie
     for path in [*split.train.table["mask"], *split.validate.table["mask"]]:
         run.add_input(path, files[path])
     scale = working_factor(task, px_size_um, lambda: object_width(split.train), request.values.get("scale"))
@@ -205,6 +206,7 @@ def train_segmentation(
     if request.resume and not (request.out and begun(request.out)):
         raise EqError(f"nothing to resume in {request.out}: give --out the folder of the run that was interrupted")
     split = request.prepared or split_cohort(_cohort(request), **request.split)
+    split = replace(split, **{name: part.images_once() for name, part in split.parts.items()})
     for part in (split.train, split.validate):
         require_good_pairs(part, allow_empty=True)
     px_size_um = common_px_size(split.train)
