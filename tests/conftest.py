@@ -1,8 +1,11 @@
-"""What every test shares: outputs never land in the checkout, and tests marked `data` know whether the real images are there."""
+"""What every test shares: outputs never land in the checkout, and what a test needs and this machine lacks is skipped, or fails where CI is set."""
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -28,6 +31,26 @@ def outputs_elsewhere(tmp_path_factory):
         os.environ["EQ__OUTPUTS"] = given
 
 
+def not_here(say: str) -> NoReturn:
+    "What this machine cannot test is listed as skipped; CI must be able to test everything."
+    if os.environ.get("CI"):
+        pytest.fail(f"CI is set, but {say}")
+    pytest.skip(say)
+
+
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    "A disk of the size that the test's module gives as SMALL_DISK. The notebooks show a full disk with a simulated error, for machines that may not mount one."
+    folder = tmp_path_factory.mktemp("disk")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={request.module.SMALL_DISK}", "tmpfs", str(folder)], capture_output=True, text=True)
+    if mounted.returncode:
+        not_here(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
 @pytest.fixture(autouse=True)
 def real_images(request):
     "A test marked `data` needs the real images: without them it fails where CI is set and is skipped elsewhere."
@@ -37,5 +60,4 @@ def real_images(request):
 
     root = data_root()
     if not (root / "em_vnc").is_dir():
-        say = f"no real images in {root}; EQ__DATA__ROOT names another folder"
-        pytest.fail(f"CI is set, but there are {say}") if os.environ.get("CI") else pytest.skip(say)
+        not_here(f"there are no real images in {root}; EQ__DATA__ROOT names another folder")

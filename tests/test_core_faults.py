@@ -23,21 +23,7 @@ from eq.core.provenance import LOG, MANIFEST, start_run, verify_run
 from eq.core.registry import EqError
 
 NOBODY = 65534
-
-
-@pytest.fixture
-def small_disk() -> Iterator[Path]:
-    "A disk of 64 KiB. Mounting needs rights that some machines do not give; the notebooks show the same with a simulated error."
-    folder = Path(tempfile.mkdtemp())
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, text=True)
-    if mounted.returncode:
-        folder.rmdir()
-        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-        folder.rmdir()
+SMALL_DISK = "64k"
 
 
 @contextmanager

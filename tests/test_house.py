@@ -161,3 +161,13 @@ def test_install_explains_a_python_that_is_too_old(tmp_path):
     done = subprocess.run(["bash", str(ROOT / "tools" / "install.sh"), str(tmp_path / "venv")], env=env, capture_output=True, text=True)
     assert done.returncode != 0 and done.stderr.count("\n") == 1
     assert "Python >= 3.11" in done.stderr and "Python 3.9.2" in done.stderr and "EQ_PYTHON=" in done.stderr
+
+
+@pytest.mark.parametrize(("ci", "outcome"), [("1", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_what_a_machine_cannot_test_fails_in_ci(ci, outcome, monkeypatch):
+    "A skip there would say that full disks and real images are tested when they are not."
+    from conftest import not_here
+
+    monkeypatch.setenv("CI", ci)
+    with pytest.raises(outcome, match="no tmpfs"):
+        not_here("no tmpfs can be mounted here")

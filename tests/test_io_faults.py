@@ -6,10 +6,9 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -333,21 +332,7 @@ def test_a_foreign_multi_file_set_is_not_followed(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- writing
 
 
-@pytest.fixture
-def small_disk() -> Iterator[Path]:
-    "A disk of 256 KiB, where this machine lets us mount one."
-    folder = Path(tempfile.mkdtemp())
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, text=True)
-    if mounted.returncode:
-        folder.rmdir()
-        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-        folder.rmdir()
-
-
+SMALL_DISK = "256k"
 BANDS = TiffPlan(2048, 512, np.uint8)
 OUTPUTS: dict[str, Callable[[Path], object]] = {
     "a.png": lambda p: write_png(p, np.tile(NOISE, (2, 1))),

@@ -20,6 +20,7 @@ from typing import IO, Any, NamedTuple, Self
 from .config import load_config
 from .environment import code_version, environment
 from .files import TEMP_PREFIX, list_files, plain, read_json, sha256_bytes, sha256_path, without_secrets, write_error, write_json
+from .lock import hold
 from .logs import Logger, read_log
 from .paths import data_root, find_repo, new_run_dir
 from .registry import EqError
@@ -167,20 +168,26 @@ def _close(run: Run, error: BaseException | None) -> None:
         run.release()
 
 # %% ../../nbs/06_core.provenance.ipynb #d0cf1f40
-def _resume_dir(name: str, folder: Path) -> Path:
+def _clear(folder: Path) -> None:
+    "What was being written when a run was killed goes; so does its manifest, which no longer tells the truth."
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for half_written in [p for p in folder.rglob(f"{TEMP_PREFIX}*") if p != folder / LOCK]:
+        shutil.rmtree(half_written) if half_written.is_dir() and not half_written.is_symlink() else half_written.unlink(missing_ok=True)
+    # half a line must not be glued to the next one; cut off and not written again, because a kill in between would empty the log
+    os.truncate(folder / LOG, (folder / LOG).read_bytes().rfind(b"\n") + 1)
+
+
+def _resume_dir(name: str, folder: Path) -> None:
     "Check that a folder was begun by a run of this name."
     began = [r for r in read_log(folder / LOG) if r["message"] == "run started"] if (folder / LOG).is_file() else []
     untouched = (folder / LOG).is_file() and not (folder / LOG).stat().st_size  # killed before the first line: nothing was done yet
     if not untouched and (not began or began[-1].get("run") != name):
         was = f"a run of {began[-1].get('run')!r}" if began else "no run"
         raise EqError(f"cannot resume {name!r} in {folder}: {was} began there; give the folder of the run to resume")
-    (folder / MANIFEST).unlink(missing_ok=True)
-    for half_written in [p for p in folder.rglob(f"{TEMP_PREFIX}*") if p != folder / LOCK]:
-        shutil.rmtree(half_written) if half_written.is_dir() and not half_written.is_symlink() else half_written.unlink(missing_ok=True)
-    text = (folder / LOG).read_text(encoding="utf-8", errors="replace")
-    if not text.endswith("\n"):  # killed in the middle of a line: the next one must not be glued to it
-        (folder / LOG).write_text(text[: text.rfind("\n") + 1], encoding="utf-8", newline="\n")
-    return folder
+    try:
+        _clear(folder)
+    except OSError as error:
+        raise write_error(error, folder / LOG) from error
 
 # %% ../../nbs/06_core.provenance.ipynb #b2d863e3
 LOCK = f"{TEMP_PREFIX}run.lock"
@@ -194,21 +201,11 @@ def claim_folder(
     try:
         if not resumed:
             os.close(os.open(folder / LOG, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        held = open(folder / LOCK, "w", encoding="ascii")  # noqa: SIM115  closed by `Run.finish`
+        return hold(folder / LOCK)  # closed by `Run.finish`
     except FileExistsError as error:
         raise EqError(f"output folder {folder} is not empty: another run began there at this moment; choose another folder") from error
     except OSError as error:
         raise write_error(error, folder) from error
-    try:
-        import fcntl
-
-        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows
-        pass
-    except (BlockingIOError, PermissionError) as error:
-        held.close()
-        raise EqError(f"another process is at work in {folder}; wait for it, or end it") from error
-    return held
 
 # %% ../../nbs/06_core.provenance.ipynb #eb14f3c7
 def begun(

@@ -75,31 +75,62 @@ class StoredImage:
         return levels_of(self.pixels)[level].read(y, x, h, w)
 
 # %% ../../nbs/10_data.io.ipynb #d1e87a2e
-_SAMPLE_SIDE, _SAMPLE_GRID = 256, 4  # the stretch of 16-bit and float images is learnt from 4 x 4 windows of 256 px
-_SAMPLE_ALL = 2048**2  # or from the whole image up to this many pixels
+_SAMPLE_SIDE = 2048  # the stretch of 16-bit and float images is learnt from at most so many pixels squared
+_GRID, _FINE_GRID, _BAND = 16, 4, 64  # windows along a side of the sample; of the full resolution of a pyramid; rows read at once
 
 
-def _sample_regions(height: int, width: int) -> list[tuple[int, int, int, int]]:
-    if height * width <= _SAMPLE_ALL:
+def _sample_regions(height: int, width: int, grid: int = _GRID) -> list[tuple[int, int, int, int]]:
+    if height * width <= _SAMPLE_SIDE**2:
         return [(0, 0, height, width)]
-    h, w = min(_SAMPLE_SIDE, height), min(_SAMPLE_SIDE, width)
-    ys, xs = (np.linspace(0, total - side, _SAMPLE_GRID).astype(int) for total, side in ((height, h), (width, w)))
+    h, w = min(_SAMPLE_SIDE // grid, height), min(_SAMPLE_SIDE // grid, width)
+    ys, xs = (np.linspace(0, total - side, grid).astype(int) for total, side in ((height, h), (width, w)))
     return sorted({(int(y), int(x), h, w) for y in ys for x in xs})
+
+
+def _shown(image: StoredImage, region: tuple[int, int, int, int], level: int) -> np.ndarray:
+    return image.read(*region, level).reshape(-1, image.channels)[:, : shown_channels(image.pixels.layout)]
+
+
+def _sample_window(image: StoredImage, level: int, grid: int = _GRID) -> np.ndarray:
+    size = image.levels[level]
+    sample = np.concatenate([_shown(image, region, level) for region in _sample_regions(size.height, size.width, grid)])
+    return stretch_window(sample, joint=image.pixels.layout.kind != "channels")
+
+
+def _extremes(image: StoredImage, level: int) -> np.ndarray:
+    "Least and greatest finite value of a whole level: (channels, 2), or (1, 2) where the channels are one colour."
+    size, apart, ends = image.levels[level], image.pixels.layout.kind == "channels", []
+    for y in range(0, size.height, _BAND):
+        values = _shown(image, (y, 0, min(_BAND, size.height - y), size.width), level)
+        finite = np.where(np.isfinite(values), values, np.nan).reshape(-1, values.shape[1] if apart else 1)
+        ends.append((np.fmin.reduce(finite), np.fmax.reduce(finite)))
+    low, high = zip(*ends, strict=True)
+    return np.stack([np.fmin.reduce(low), np.fmax.reduce(high)], axis=1)
+
+# %% ../../nbs/10_data.io.ipynb #98d346fb
+def _window(image: StoredImage) -> np.ndarray:
+    sizes = [n.height * n.width for n in image.levels]
+    if sizes[0] <= _SAMPLE_SIDE**2:
+        return _sample_window(image, 0)
+    coarse = max((i for i, size in enumerate(sizes) if size >= _SAMPLE_SIDE**2 // 4), default=0)
+    window = _sample_window(image, coarse)
+    if coarse:  # averages reach less far than what they are averages of
+        fine = _sample_window(image, 0, _FINE_GRID)
+        window = np.stack([np.minimum(window[:, 0], fine[:, 0]), np.maximum(window[:, 1], fine[:, 1])], axis=1)
+    flat = window[:, :1] == window[:, 1:]
+    return np.where(flat, _extremes(image, coarse), window) if flat.any() else window
 
 
 def image_window(
     image: StoredImage,  # Any
 ) -> np.ndarray | None:  # (channels, 2), None where stored values pass through
     "The stored values that become 0 and 255 in the picture."
-    layout = image.pixels.layout
-    if not needs_window(layout):
+    if not needs_window(image.pixels.layout):
         return None
-    shown, regions = shown_channels(layout), _sample_regions(image.height, image.width)
-    sample = np.concatenate([image.read(*r).reshape(-1, image.channels)[:, :shown] for r in regions])
     try:
-        return stretch_window(sample, joint=layout.kind != "channels")
+        return _window(image)
     except EqError as exc:
-        raise EqError(f"{image.path}: {exc}") from exc
+        raise exc if str(image.path) in str(exc) else EqError(f"{image.path}: {exc}") from exc
 
 # %% ../../nbs/10_data.io.ipynb #973018ab
 def block_mean(

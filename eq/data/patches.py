@@ -6,13 +6,16 @@
 __all__ = ['PatchPlan', 'choose_patches', 'export_patches']
 
 # %% ../../nbs/14b_data.patches.ipynb #aa8de054
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from ..core.files import staged_folder, write_error
 from ..core.registry import EqError
 from ..core.results import Tile
 from .cohort import Cohort, save_cohort
@@ -48,29 +51,47 @@ def choose_patches(
     return [(t, s) for t, s, k in zip(tiles, shares, kept, strict=True) if s > plan.min_positive or k]
 
 # %% ../../nbs/14b_data.patches.ipynb #75707783
+def _new_folder(out: str | Path) -> Path:
+    "Where the patches go; there is nothing yet."
+    folder = Path(out).resolve()
+    try:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    except OSError as error:
+        raise write_error(error, folder) from error
+    if folder.exists():
+        raise EqError(f"{out} is a file, or a folder that is not empty; choose a new folder for the patches")
+    return folder
+
+
+def _cut_image(row: dict[str, Any], number: int, plan: PatchPlan, folder: Path) -> Iterator[dict[str, Any]]:
+    "Writes the patches of one image; rows of the table."
+    image, mask = open_image(row["image"]), read_mask(row["mask"], row["mask_coding"] or "grey127")
+    if mask.shape != (image.height, image.width):
+        sizes = f"is {mask.shape[0]}x{mask.shape[1]}, image {row['image']} is {image.height}x{image.width} (height x width)"
+        raise EqError(f"mask {row['mask']} {sizes}")
+    size = image.px_size_um if pd.isna(row["px_size_um"]) else row["px_size_um"]  # a PNG keeps none
+    for tile, share in choose_patches(mask, plan, number):
+        name = f"{number:04}_{Path(row['image']).name.split('.')[0]}_y{tile.y}_x{tile.x}.png"
+        where = {k: str(folder / k / name) for k in ("images", "masks")}
+        write_png(where["images"], image.rgb(tile.y, tile.x, tile.h, tile.w), {"Source": f"{image.sha256} y={tile.y} x={tile.x}"})
+        write_png(where["masks"], mask[tile.slices])
+        origin = {"source": row["image"], "source_sha256": image.sha256, "y": tile.y, "x": tile.x, "h": tile.h, "w": tile.w, "positive": share}
+        yield row | origin | {"image": where["images"], "mask": where["masks"], "mask_coding": "label", "px_size_um": size}
+
+
 def export_patches(
     cohort: Cohort,  # Images with masks
     out: str | Path,  # A new or empty folder
     plan: PatchPlan | None = None,  # How to cut; None takes the defaults of PatchPlan
 ) -> Path:  # The table `patches.csv`, one row a patch
-    "Writes `images/` and `masks/` and the table. Raises EqError for a used folder and for bad pairs."
-    plan, out = plan or PatchPlan(), Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise EqError(f"{out} is not empty; choose a new folder for the patches")
-    rows: list[dict] = []
-    for number, row in enumerate(tqdm(cohort.table.to_dict("records"), "cutting patches", disable=None, leave=False)):
-        image, mask = open_image(row["image"]), read_mask(row["mask"], row["mask_coding"] or "grey127")
-        if mask.shape != (image.height, image.width):
-            sizes = f"is {mask.shape[0]}x{mask.shape[1]}, image {row['image']} is {image.height}x{image.width} (height x width)"
-            raise EqError(f"mask {row['mask']} {sizes}")
-        for tile, share in choose_patches(mask, plan, number):
-            name = f"{number:04}_{Path(row['image']).name.split('.')[0]}_y{tile.y}_x{tile.x}.png"
-            where = {k: str((out / k / name).resolve()) for k in ("images", "masks")}
-            write_png(where["images"], image.rgb(tile.y, tile.x, tile.h, tile.w), {"Source": f"{image.sha256} y={tile.y} x={tile.x}"})
-            write_png(where["masks"], mask[tile.slices])
-            origin = {"source": row["image"], "source_sha256": image.sha256, "y": tile.y, "x": tile.x, "h": tile.h, "w": tile.w, "positive": share}
-            rows.append(row | origin | {"image": where["images"], "mask": where["masks"], "mask_coding": "label"})
-    if not rows:
-        raise EqError(f"no patch of {cohort.name} is kept by {plan}")
+    "Writes `images/` and `masks/` and the table, all or nothing. Raises EqError for a used folder and for bad pairs."
+    plan, final = plan or PatchPlan(), _new_folder(out)
+    images = tqdm(cohort.table.to_dict("records"), "cutting patches", disable=None, leave=False)
     unit = "source" if cohort.split_unit == "image" else cohort.split_unit
-    return save_cohort(replace(cohort, table=pd.DataFrame(rows), split_unit=unit), out / "patches.csv")
+    with staged_folder(final) as folder:
+        rows = [patch for number, row in enumerate(images) for patch in _cut_image(row, number, plan, folder)]
+        if not rows:
+            raise EqError(f"no patch of {cohort.name} is kept by {plan}")
+        save_cohort(replace(cohort, table=pd.DataFrame(rows), split_unit=unit), folder / "patches.csv")
+    return final / "patches.csv"
