@@ -444,13 +444,13 @@ def test_masks_of_another_coding_are_refused(model, cohort, tmp_path, capsys):
     rows = []
     for i in range(3):
         write_png(tmp_path / f"{i}.png", blobs(96, 128, seed=i))
-        write_png(tmp_path / f"{i}_mask.png", np.eye(96, 128, dtype=np.uint8) * np.uint8(i))
+        write_png(tmp_path / f"{i}_mask.png", np.kron(np.eye(12, 16), np.ones((8, 8))).astype(np.uint8) * np.uint8(i))
         rows.append({"image": f"{i}.png", "mask": f"{i}_mask.png"})
     pd.DataFrame(rows).to_csv(tmp_path / "by_hand.csv", index=False)
     args = ("evaluate", "--model", model, "--source", tmp_path / "by_hand.csv", "--backend", "torch")
     code, out, err = eq(capsys, *args, "--out", tmp_path / "out")
     assert code == 1 and "1 images" in out and err.count("failed: ") == 2  # the first mask is all zeros: empty in every coding
-    assert "the mask holds 0, 1: 96 pixels from 1 to 127 would be lost" in err and "label (numbers are classes) or instances" in err
+    assert "the mask holds 0, 1: 768 pixels from 1 to 127 would be lost" in err and "label (numbers are classes) or instances" in err
     pd.DataFrame(rows).assign(mask_coding="label").to_csv(tmp_path / "by_hand.csv", index=False)
     code, out, err = eq(capsys, *args, "--out", tmp_path / "told")
     assert code == 0 and "3 images" in out, err
