@@ -74,6 +74,18 @@ def test_endotheliosis(painted, tmp_path):
     assert (out / "objects.csv").exists()
 
 
+@pytest.mark.parametrize("name", ["glomeruli", "endotheliosis"])
+def test_pixel_sizes_are_looked_at_before_the_minutes_are_spent(name, painted, tmp_path):
+    "A test part of two pixel sizes cannot be predicted in one go: nothing is trained first."
+    from eq.data.cohort import load_cohort, save_cohort
+
+    cohort, out = load_cohort(painted["kidney"]), tmp_path / "run"
+    cohort.table.loc[cohort.table.index[cohort.table["part"] == "test"][0], "px_size_um"] = 0.125
+    done = run(name, out, source=save_cohort(cohort, tmp_path / "mixed.csv"), **({"em_source": painted["em"]} if name == "endotheliosis" else {}))
+    assert done.returncode == 2 and "pixel sizes [0.125, " in done.stderr and "are mixed; valid: images of one pixel size" in done.stderr, done.stderr[-2000:]
+    assert not list(out.rglob("model.safetensors")) and not (out / "mito").exists() and not (out / "train").exists()
+
+
 def class_folder(root: Path) -> Path:
     "Two classes of numbered slices, bright squares are tumours, and a text that calls itself a picture."
     rng = np.random.default_rng(0)

@@ -24,13 +24,16 @@ import torch
 from .registry import EqError, Registry, unknown_name
 
 # %% ../../nbs/07_core.device.ipynb #ac290787
-def _cgroup_free() -> float:
-    "Bytes left under the memory limit of a container (cgroup v2, then v1), infinite without a limit."
-    base = Path("/sys/fs/cgroup")
-    first, second = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"), ("memory.max", "memory.current")
-    for limit, used in ((base / a, base / b) for a, b in (second, first)):
+_CGROUP = {"memory.max": "memory.current", "memory/memory.limit_in_bytes": "memory/memory.usage_in_bytes"}  # v2, v1: limit, and what is used
+
+
+def _cgroup_free(base: Path = Path("/sys/fs/cgroup")) -> float:
+    "Bytes left under the memory limit of a container, infinite without a limit. Files that are kept in memory unused are given up when it is short."
+    for limit, used in ((base / a, base / b) for a, b in _CGROUP.items()):
         if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-            return max(0.0, float(text) - float(used.read_text()))
+            stat = used.with_name("memory.stat")
+            idle = re.search(r"^inactive_file (\d+)$", stat.read_text(), re.MULTILINE) if stat.is_file() else None
+            return max(0.0, float(text) - float(used.read_text()) + (float(idle[1]) if idle else 0))
     return float("inf")
 
 

@@ -24,7 +24,7 @@ from ..core.registry import EqError
 from .cohort import Cohort
 from .crops import Sample, mask_to_working, to_working
 from .io import open_image
-from .mask import read_mask
+from .mask import KEPT, read_mask, require_memory
 from .write import write_png
 
 # %% ../../nbs/17b_data.block.ipynb #58e43d58
@@ -33,7 +33,8 @@ def load_samples(
     scale: float,  # Original pixels that one working pixel spans along one side
     quiet: bool = False,  # No progress bar
 ) -> list[Sample]:  # In the order of the table
-    "Reads images and binary masks at working resolution. Raises EqError for what cannot be read or does not fit."
+    "Reads images and binary masks at working resolution. Raises EqError for what cannot be read or does not fit, into memory before it is read."
+    require_memory(cohort.table["image"], KEPT / scale**2)
     samples = []
     for row in tqdm(cohort.table.to_dict("records"), desc=f"reading {cohort.name}", disable=quiet or None, leave=False):
         if not row["mask"]:

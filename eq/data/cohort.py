@@ -123,6 +123,7 @@ class CohortTable(CohortInfo):
     "A checked table: one row an image (and rater), every row with its unit of splitting."
 
     table: pd.DataFrame  # Columns COLUMNS, further ones after them
+    told: tuple[str, ...] = ()  # What was guessed and left out when a folder was read, for whoever uses it to say; it is not written to disk
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "table", normalise_table(self.table))
@@ -169,7 +170,7 @@ class Cohort(CohortTable):
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Cohort":
-        "Image/mask pairs of a folder; see `eq.data.organize.organize_folder`, which also reports what it left out."
+        "Image/mask pairs of a folder; see `eq.data.organize.organize_folder`, which says what it left out."
         from eq.data.organize import organize_folder  # organize builds cohorts, so it imports this module
 
         return organize_folder(folder)[0]

@@ -22,7 +22,7 @@ from ..core.resample import bootstrap_interval, pooled_interval
 from ..core.results import DetectionScores, Interval, PixelScores
 from ..data.cohort import Cohort
 from ..data.io import open_image
-from ..data.mask import read_labels, read_mask
+from ..data.mask import read_labels, read_mask, require_memory
 from .segment import Segmenter, predict_labels
 
 # %% ../../nbs/43_inference.evaluate.ipynb #d1d61786
@@ -54,6 +54,7 @@ def score_image(
     "Predicts one image and compares. Raises EqError for what cannot be read or does not fit."
     if not row["mask"]:
         raise EqError(f"{row['image']}: no mask to compare with")
+    require_memory([row["image"]])
     given = row.get("px_size_um")
     image = open_image(row["image"], None if given is None or np.isnan(given) else float(given))
     true = true_objects(row["mask"], row["mask_coding"])

@@ -151,7 +151,7 @@ def fit_within_memory(
         return True
     except EqError as error:  # fastai puts its own words in front of what a callback raises
         raise EqError(str(error).split(":\n\t", 1)[-1]) from error
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not may_halve or not is_out_of_memory(error):
             raise
         precision.leave()

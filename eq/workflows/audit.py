@@ -113,6 +113,8 @@ def audit_source(
     parts, what = _parts(request)
     params = {"what": what, "scheme": request.scheme, "options": request.options}
     with start_run("audit", request.out, params) as run:
+        for line in dict.fromkeys(line for part in (parts.parts if isinstance(parts, Split) else parts).values() for line in part.told):
+            run.log.warning(line)
         report = find_leaks(parts, request.quiet)
         with atomic_write(run.dir / "leaks.csv") as temp:
             report.table().to_csv(temp, index=False)

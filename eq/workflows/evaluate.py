@@ -186,6 +186,8 @@ def evaluate_source(
         for path in (*(checkpoint_folder(request.model) / n for n in (WEIGHTS, META)), *chosen.table["image"], *chosen.table["mask"]):
             if path and Path(path).is_file():  # what is missing is listed as failed below
                 run.add_input(path)
+        for line in chosen.told:
+            run.log.warning(line)
         if flattering := seen_in_training(chosen, segmenter.meta):
             run.log.warning(f"{len(flattering)} of {len(chosen)} images were used in training: their scores flatter")
         if stacks := unread_planes(chosen):

@@ -19,6 +19,7 @@ from ..core.registry import EqError, named_once
 from ..data.cohort import Cohort
 from ..data.io import open_image
 from ..data.source import load_source, unread_of
+from .cli import warn
 
 # %% ../../nbs/72f_workflows.quality.ipynb #f6100047
 def image_sizes(
@@ -75,8 +76,9 @@ def quality(
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise EqError(f"{out} is not an empty folder; give a new one with --out")
-    cohort = load_source(source)
-    table = judge_cohort(cohort, None if like is None else load_source(like), min_px)
+    cohort, reference = load_source(source), None if like is None else load_source(like)
+    warn([*cohort.told, *(reference.told if reference else ())])
+    table = judge_cohort(cohort, reference, min_px)
     with atomic_write(out / TABLE) as temp:
         table.to_csv(temp, index=False)
     with tqdm(total=len(table), desc="thumbnails", unit="image", disable=None) as bar:

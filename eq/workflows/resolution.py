@@ -26,13 +26,15 @@ def px_sizes(
 
 
 def common_px_size(
-    cohort: Cohort,  # Images that one network is to look at
+    *cohorts: Cohort,  # Images that one network is to look at, for example of training and validation
 ) -> float | None:  # Micrometres, None where it is unknown
     "The pixel size that all images share. Raises EqError where they differ: one working resolution cannot serve both."
-    values = px_sizes(cohort)
+    values = np.concatenate([px_sizes(cohort) for cohort in cohorts])
     sizes, unknown = {round(float(v), 6) for v in values[~np.isnan(values)]}, int(np.isnan(values).sum())
     if len(sizes) > 1 or (sizes and unknown):
-        raise EqError(f"{cohort.name}: pixel sizes {sorted(sizes)} um (and {unknown} unknown) are mixed; take one, or state them in the column px_size_um")
+        parts = " and ".join(f"{len(c)} images of {c.name}" for c in cohorts)
+        raise EqError(f"{parts}: pixel sizes {sorted(sizes)} um (and {unknown} unknown) are mixed; valid: images of one pixel size, "
+                      "which the column px_size_um states where files do not, or are wrong")
     return sizes.pop() if sizes else None
 
 # %% ../../nbs/73a_workflows.resolution.ipynb #e2d5fc2b

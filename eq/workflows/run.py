@@ -111,6 +111,13 @@ def execute_into(
     return target
 
 
+def _hand_up(run: Any) -> None:
+    "What the runs inside have warned of: the notebook's own screen is a file."
+    for manifest in sorted(run.dir.glob("*/manifest.json")):
+        for line in json.loads(manifest.read_text(encoding="utf-8"))["warnings"]:
+            run.log.warning(f"{manifest.parent.name}: {line}")
+
+
 def run_notebook(
     notebook: Path,  # A notebook with one cell tagged `parameters`
     parameters: Mapping[str, Any] | None = None,  # Overrides of its defaults
@@ -126,6 +133,7 @@ def run_notebook(
     with start_run(notebook.stem, out=out, params=asked, command=f"eq run {notebook.stem}", resume=resume) as run:
         run.add_input(notebook)
         execute_into(notebook, asked, run.dir)
+        _hand_up(run)
         metrics = run.dir / "metrics.json"
         if metrics.exists():
             run.add_metrics(json.loads(metrics.read_text(encoding="utf-8")))

@@ -25,11 +25,11 @@ from ..data.block import load_samples, object_width, speck_area
 from ..data.cohort import Cohort
 from ..data.crops import CropPlan, Sample
 from ..data.leakage import check_leaks
-from ..data.mask import require_good_pairs, unread_planes
+from ..data.mask import require_good_pairs, require_memory, unread_planes
 from ..data.source import load_source
 from ..data.split import Split, parse_options, split_cohort
 from ..inference.gate import fit_gate
-from ..models.checkpoint import checkpoint_folder, read_meta
+from ..models.checkpoint import WEIGHTS, checkpoint_folder, read_meta
 from ..models.unet import create_unet
 from ..training.ensemble import fit_ensemble
 from ..training.fit_segment import FitOptions, FitResult
@@ -50,7 +50,7 @@ class TrainRequest:
     task: str  # "mito" or "glom"
     source: str | Path | Cohort  # a registered source, a cohort CSV, a folder, or a cohort
     out: Path | str | None = None  # run folder; None: a new one below outputs/
-    start: str | Path = SCRATCH  # "scratch", or a checkpoint to start from
+    start: str | Path = SCRATCH  # "scratch", or a checkpoint to start from: its folder, or a file in it
     split: dict[str, Any] = field(default_factory=dict)  # options of eq.data.split.split_cohort: scheme, k, fold, seed
     values: dict[str, Any] = field(default_factory=dict)  # keys of params.yaml, sections train and the task's
     resume: bool = False  # go on in `out`
@@ -153,7 +153,7 @@ def _train(request: TrainRequest, split: Split, px_size_um: float | None, run: R
     transferred = str(request.start) != SCRATCH
     model = create_unet(task.arch, task.encoder, 3, 1, pretrained=False if transferred else train.pretrained, seed=train.seed)
     if transferred:
-        run.add_input(Path(request.start) / "model.safetensors")
+        run.add_input(checkpoint_folder(request.start) / WEIGHTS)
         meta = replace(meta, parent=transfer_weights(model, meta, request.start))
     options = fit_options(train, task, transferred or bool(train.pretrained), request.quiet)
     began = None if split.train.synthetic else rehearse(model, samples, meta, options, task.rehearsal, run.dir)
@@ -208,8 +208,9 @@ def train_segmentation(
     split = request.prepared or split_cohort(_cohort(request), **request.split)
     split = replace(split, **{name: part.images_once() for name, part in split.parts.items()})
     for part in (split.train, split.validate):
+        require_memory(part.table["image"])
         require_good_pairs(part, allow_empty=True)
-    px_size_um = common_px_size(split.train)
+    px_size_um = common_px_size(split.train, split.validate)
     leaks = check_leaks(split, request.allow_leak, request.quiet)
     params = {"task": request.task, "source": split.train.name, "start": str(request.start), "split": request.split, "values": request.values}
     files = _hashed(split)
@@ -219,6 +220,8 @@ def train_segmentation(
     with start_run(f"train-{request.task}", request.out, params, resume=request.resume) as run:
         remember_request(run.dir, fixed)
         run.log.info(f"training {request.task} on {split.train.name}", train=len(split.train), validate=len(split.validate), unit=split.unit)
+        for line in split.train.told:
+            run.log.warning(line)
         if stacks := [*unread_planes(split.train), *unread_planes(split.validate)]:
             run.log.warning(f"{len(stacks)} images or masks are stacks of which one plane is read; the first: {stacks[0]}")
         run.log.info(f"leaks: {leaks.summary()}")
