@@ -1,10 +1,11 @@
-"""What image files, archives, pixel sizes and other writers may do to eq: `python benchmarks/faults.py [--dose full|small] [--only ROW]`.
+"""What image files, archives, pixel sizes, checkpoints and other writers may do to eq: `python benchmarks/faults.py [--dose full|small] [--only ROW]`.
 
 Each attempt runs in a forked child that is limited to 5 s of CPU and 1 GiB of memory beyond what it began with; whichever of its limits it
 meets, the attempt has failed. Outcomes: `refused` (one line that names the file), `correct` (everything a measurement uses is as in the
 sound file), `unprotected` (a flipped bit in bytes over which the format keeps no checksum: the hash in a run's manifest differs, and that is
 checked), and four that must not happen: `crash` (an exception other than EqError, or death), `hang`, `silent` (opened, and something differs
 although the format could have noticed: cut files, and flips under a checksum), `unnamed` (refused without naming the file, or in several lines).
+A checkpoint must be refused for what was done to it: another reason is a `crash`, one that loads is `silent`.
 Rows go to benchmarks/results/faults.csv.
 """
 import argparse
@@ -43,7 +44,7 @@ from eq.workflows.bench import COLUMNS, Row, Sitting
 
 SECONDS, MEMORY, WALL = 5, 2**30, 120
 GOOD, BAD = ("refused", "correct", "unprotected"), ("unnamed", "crash", "hang", "silent")
-DOSES = {"full": {"malformed": 1000, "bombs": 1200, "rounds": 20}, "small": {"malformed": 100, "bombs": 64, "rounds": 3}}
+DOSES = {"full": {"malformed": 1000, "bombs": 1200, "rounds": 20, "each": 10}, "small": {"malformed": 100, "bombs": 64, "rounds": 3, "each": 2}}
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,8 @@ def run_limited(attempts: list[Attempt]) -> list[Result]:
 
 def judge(path: Path, whole: bytes, n: int, seed: tuple[int, ...], truth: tuple, covered: Callable[[int], bool]) -> str:
     data, at = files.damaged(whole, n, np.random.default_rng([*seed, n]))
+    if data == whole:
+        raise AssertionError("nothing was damaged")
     path.write_bytes(data)
     same = files.seen(path) == truth  # raises EqError where it is refused
     if same:
@@ -170,16 +173,17 @@ def malformed(folder: Path, dose: int) -> list[Attempt]:
 
 
 def hash_notices(folder: Path, dose: int) -> int:
-    "Of damaged files, how many have another SHA-256 than the sound one: all, or the manifest would be no use."
+    "Of so many damaged files, how many have another SHA-256 than the sound one. Raises AssertionError unless all: the manifest would be no use."
     count = 0
-    for kind, writers in files.KINDS.items():
+    for writers in files.KINDS.values():
         name = next(iter(writers))
         path = folder / "sound" / name
         before, whole = sha256_file(path), path.read_bytes()
         for n in range(dose // len(files.KINDS)):
             (folder / name).write_bytes(files.damaged(whole, n, np.random.default_rng([9, n]))[0])
             count += sha256_file(folder / name) != before
-        assert count or kind
+    if count != dose:
+        raise AssertionError(f"SHA-256 notices {count} of {dose} damaged files")
     return count
 
 
@@ -255,6 +259,18 @@ def doubled(px: float) -> str:
 def pixel_sizes(folder: Path, dose: int) -> list[Attempt]:
     found = [Attempt(kind, f"{kind} {fault}", lambda k=kind, f=fault: sized(k, f, folder)) for kind in files.SIZED for fault in SIZES]
     return found + [Attempt("doubling", f"{px} um", lambda px=px: doubled(px)) for px in (0.0046, 0.25, 0.5, 1 / 3, 700.0)]
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def checkpoints(folder: Path, each: int) -> list[Attempt]:
+    import fault_checkpoints as nets  # torch takes seconds
+
+    sound, attempts = nets.make_sound(folder / "sound"), []
+    for number, (kind, fault) in enumerate(nets.FAULTS.items()):
+        attempts += [Attempt(kind, f"{kind} {n}", lambda f=fault, n=n, s=(11, number): nets.try_to_load(sound, f, n, s)) for n in range(each)]
+    return attempts
 
 
 # ---------------------------------------------------------------- two writers
@@ -355,17 +371,30 @@ def two_writers(folder: Path, rounds: int) -> list[Attempt]:
 
 # ---------------------------------------------------------------- the table
 
-ROWS: dict[str, tuple[Callable[[Path, int], list[Attempt]], str]] = {
-    "malformed": (malformed, "malformed"), "bombs": (bombs, "bombs"), "pixel_size": (pixel_sizes, "rounds"), "archives": (archives, "rounds"),
-    "two_writers": (two_writers, "rounds"),
+@dataclass(frozen=True)
+class Plan:
+    "A row of RELIABILITY."
+
+    make: Callable[[Path, int], list[Attempt]]
+    dose: str  # Name in DOSES
+    claims: Callable[[int], int]  # Attempts that the row speaks of at such a dose
+
+
+ROWS = {
+    "malformed": Plan(malformed, "malformed", lambda dose: dose), "bombs": Plan(bombs, "bombs", lambda megabytes: 20),
+    "pixel_size": Plan(pixel_sizes, "rounds", lambda rounds: 40), "archives": Plan(archives, "rounds", lambda rounds: 30),
+    "checkpoints": Plan(checkpoints, "each", lambda each: 12 * each), "two_writers": Plan(two_writers, "rounds", lambda rounds: 5 * rounds),
 }
 
 
 def run_row(name: str, dose: str = "full") -> list[Result]:
-    "All attempts of a row of RELIABILITY."
-    make, key = ROWS[name]
+    "All attempts of a row of RELIABILITY. Raises AssertionError where they are fewer than the row claims."
+    plan, size = ROWS[name], DOSES[dose][ROWS[name].dose]
     with tempfile.TemporaryDirectory(prefix="eq-faults-") as folder:
-        return run_limited(make(Path(folder), DOSES[dose][key]))
+        results = run_limited(plan.make(Path(folder), size))
+    if len(results) < plan.claims(size):
+        raise AssertionError(f"{name}: {len(results)} attempts, but dose {dose!r} claims {plan.claims(size)}")
+    return results
 
 
 def outcome_table(name: str, results: list[Result]) -> pd.DataFrame:

@@ -47,3 +47,32 @@ def test_the_rows_are_long_form(tmp_path: Path) -> None:
     table = faults.outcome_table("toy", [faults.Result("PNG", "a", "refused", "", 0.5, 2**20)])
     rows = faults.csv_rows(table)
     assert {(r.metric, r.value) for r in rows} >= {("attempts", 1.0), ("refused", 1.0), ("silent", 0.0), ("peak_mb", 1.0)} and rows[0].variant == "toy: PNG"
+
+
+def test_a_dose_is_what_was_injected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Damage that damages nothing, and a row with fewer attempts than it claims, are noticed."
+    dose = len(faults.files.KINDS)
+    attempts = faults.malformed(tmp_path, dose)
+    assert faults.hash_notices(tmp_path, dose) == dose == len(attempts)
+    monkeypatch.setattr(faults.files, "damaged", lambda data, n, rng: (data, -1))
+    with pytest.raises(AssertionError, match=f"notices 0 of {dose}"):
+        faults.hash_notices(tmp_path, dose)
+    with pytest.raises(AssertionError, match="nothing was damaged"):
+        attempts[0].act()
+    short = faults.Plan(lambda folder, each: [faults.Attempt("toy", "one", lambda: "correct")], "each", lambda each: each)
+    monkeypatch.setitem(faults.ROWS, "toy", short)
+    with pytest.raises(AssertionError, match="toy: 1 attempts, but dose 'full' claims 10"):
+        faults.run_row("toy")
+
+
+def test_each_checkpoint_fault_has_its_refusal(tmp_path: Path) -> None:
+    "A checkpoint that nothing was done to loads, and is counted; so is one that is refused for another reason."
+    import fault_checkpoints as nets
+
+    sound = nets.make_sound(tmp_path / "sound")
+    assert nets.try_to_load(sound, nets.Fault(lambda folder, n, rng: None, "any"), 0, (0,)) == "silent"
+    with pytest.raises(AssertionError, match="for another reason"):
+        nets.try_to_load(sound, nets.Fault(nets.flip, "no such word"), 0, (0,))
+    with pytest.raises(AssertionError, match="a pickle was run"):
+        nets.try_to_load(sound, nets.Fault(lambda folder, n, rng: (folder.parent / nets.RAN).touch(), "any"), 0, (0,))
+    assert [p.name for p in tmp_path.iterdir()] == ["sound"] and len(nets.FAULTS) == 12

@@ -334,6 +334,52 @@ def test_kill_9(long_run, model, tmp_path, capsys):
     assert code == 2 and "was begun with other settings: probability False, now True" in err
 
 
+def test_resume_touches_no_other_image(model, tmp_path, capsys, monkeypatch):
+    "Two images of one name: whichever is named when a run is resumed, and however, the result of the other stays, and only what changed is done again."
+    for place, seed in (("A", 1), ("B", 2)):
+        write_png(tmp_path / place / "x.png", blobs(64, 80, seed))
+    monkeypatch.chdir(tmp_path)
+    fixed = ("--model", model, "--backend", "torch", "--out", tmp_path / "out")
+    stamps = lambda: {name: (tmp_path / "out" / name / "mask.ome.tif").stat().st_mtime_ns for name in ("x", "x_2")}
+    rows = lambda: pd.read_csv(tmp_path / "out" / "summary.csv")[["image", "folder"]].fillna("").apply(tuple, axis=1).tolist()
+    assert eq(capsys, "predict", "A/x.png", "B/x.png", *fixed)[0] == 0
+    made, found = stamps(), open_image(tmp_path / "out" / "x" / "mask.ome.tif").read_all()
+    code, _, err = eq(capsys, "predict", "B/x.png", *fixed, "--resume")
+    assert code == 0 and stamps() == made and rows() == [("B/x.png", "x_2")] and "1 results of an earlier run were left alone" in err, err
+    full = [str(tmp_path / place / "x.png") for place in "BA"]
+    assert eq(capsys, "predict", *full, *fixed, "--resume")[0] == 0 and stamps() == made  # absolute, and in another order
+    assert rows() == list(zip(full, ("x_2", "x"), strict=True)) and verify_run(tmp_path / "out").ok
+    monkeypatch.chdir(tmp_path / "B")
+    assert eq(capsys, "predict", "x.png", *fixed, "--resume")[0] == 0 and stamps() == made and rows() == [("x.png", "x_2")]  # not the x.png that gave its name
+    (tmp_path / "A" / "x.png").rename(tmp_path / "A" / "moved.png")
+    assert eq(capsys, "predict", tmp_path / "A" / "moved.png", *fixed, "--resume")[0] == 0 and stamps() == made  # known by its content
+    write_png(tmp_path / "A" / "x.png", blobs(64, 80, 3))
+    assert eq(capsys, "predict", *full, *fixed, "--resume")[0] == 0
+    assert stamps()["x"] > made["x"] and stamps()["x_2"] == made["x_2"]
+    assert (open_image(tmp_path / "out" / "x" / "mask.ome.tif").read_all() != found).any()
+
+
+def test_resume_with_an_image_that_became_unreadable(model, tmp_path, capsys):
+    "It is one failed row, the result that it had stays, and the images behind it are done."
+    paths = [write_png(tmp_path / f"{name}.png", blobs(64, 80, seed)) for seed, name in enumerate("abc")]
+    fixed = ("--model", model, "--backend", "torch", "--out", tmp_path / "out")
+    assert eq(capsys, "predict", *paths[:2], *fixed)[0] == 0
+    paths[0].write_bytes(paths[0].read_bytes()[:500])
+    code, out, err = eq(capsys, "predict", *paths, *fixed, "--resume")
+    table = pd.read_csv(tmp_path / "out" / "summary.csv")
+    assert code == 1 and "2 of 3 images segmented" in out and table["status"].tolist() == ["failed", "done", "done"], err
+    assert f"failed: {paths[0]}: " in err and (tmp_path / "out" / "a" / "mask.ome.tif").is_file()
+
+
+def test_resume_needs_a_run(model, tmp_path, capsys):
+    path = write_png(tmp_path / "a.png", blobs(64, 64))
+    (tmp_path / "empty").mkdir()
+    for more in ((), ("--out", tmp_path / "nowhere"), ("--out", tmp_path / "empty")):
+        code, out, err = eq(capsys, "predict", path, "--model", model, *more, "--resume")
+        assert (code, out) == (2, "") and "nothing to resume in" in err and "give --out the folder of the run" in err and err.count("\n") == 1, err
+    assert not (tmp_path / "nowhere").exists() and not list((tmp_path / "empty").iterdir())
+
+
 SMALL_DISK = "300k"
 
 

@@ -25,6 +25,7 @@ from PIL import Image
 
 EPOCHS, STEPS = 4, 2  # four checkpoints; faults strike in the first and the second
 LAST = Path("checkpoints") / "last"
+FULL = bool(os.environ.get("EQ_FULL_DOSE"))  # 30 kills while training and 10 at random points of checkpoint writes take minutes
 
 
 # ---- one training run in a child process -----------------------------------------------------------------------------------------------
@@ -256,9 +257,9 @@ def test_same_seed_same_bits(bench: Bench, reference: Reference) -> None:
     assert weights(bench.folder / "other") != reference.weights
 
 
-def test_kill_at_random_times(bench: Bench, reference: Reference) -> None:
-    """Killed again and again, each time at a random moment within the epoch after a checkpoint, a run ends with the same bits."""
-    out, rng, kills = bench.folder / "random", random.Random(0), 0
+def kill_at_random(bench: Bench, reference: Reference, out: Path, rng: random.Random) -> int:
+    """Kills a run at a random moment within the epoch after each checkpoint until it has come to its end; the number of kills."""
+    kills = 0
     for attempt in range(8):
         seen = (out / LAST).resolve()
         child = bench.start(out, *(["--resume"] if attempt else []))
@@ -267,15 +268,25 @@ def test_kill_at_random_times(bench: Bench, reference: Reference) -> None:
         child.join(rng.uniform(0, reference.seconds / (EPOCHS + 2)))
         if child.exitcode is not None:
             assert child.exitcode == 0, said(out)
-            break
+            return kills
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         kills += 1
         check_folder(out)
-    else:
-        bench.carry_on(out)
-    assert kills >= 2
-    assert weights(out) == reference.weights
+    bench.carry_on(out)
+    return kills
+
+
+def test_kill_at_random_times(bench: Bench, reference: Reference) -> None:
+    """Runs that are killed again and again at random moments end with the same bits."""
+    rng, kills, wanted = random.Random(0), 0, 30 if FULL else 2
+    for n in range(wanted):
+        out = bench.folder / f"random-{n}"
+        kills += kill_at_random(bench, reference, out, rng)
+        assert weights(out) == reference.weights
+        if kills >= wanted:
+            break
+    assert kills >= wanted
 
 
 @pytest.mark.parametrize(
@@ -290,6 +301,19 @@ def test_kill_inside_a_checkpoint_write(bench: Bench, reference: Reference, chec
     assert bench.run(out, fault=Fault("half" if operation == "tensors" else "kill", at)) == -signal.SIGKILL, said(out)
     check_folder(out)
     assert checkpoint == 0 or (out / LAST).exists(), "the checkpoint before it is gone"
+    bench.carry_on(out)
+    assert weights(out) == reference.weights
+
+
+@pytest.mark.parametrize("n", range(10 if FULL else 1))
+def test_kill_at_a_random_point_of_a_checkpoint_write(bench: Bench, reference: Reference, n: int) -> None:
+    """The same at any file operation from the second checkpoint on; beside the points above, which are those that matter most."""
+    first = reference.find("tensors", "-model.safetensors", 1)
+    at = random.Random(n).choice([i for i, (_, path) in enumerate(reference.events) if i >= first and path.startswith("checkpoints")])
+    out = bench.folder / f"anywhere-{n}"
+    assert bench.run(out, fault=Fault("half" if reference.events[at][0] == "tensors" else "kill", at)) == -signal.SIGKILL, said(out)
+    check_folder(out)
+    assert (out / LAST).exists(), "the checkpoint before it is gone"
     bench.carry_on(out)
     assert weights(out) == reference.weights
 

@@ -60,7 +60,7 @@ def score_image(
     true = true_objects(row["mask"], row["mask_coding"])
     if true.shape != (image.height, image.width):
         raise EqError(f"{row['mask']}: mask is {true.shape}, its image {row['image']} is {(image.height, image.width)}")
-    pred = predict_labels(segmenter, image.rgb(), image.px_size_um)
+    pred = predict_labels(segmenter, image, image.px_size_um)  # the levels and tiles that `eq predict` takes
     pixel = pixel_scores(pred > 0, true > 0)
     return ImageScores(str(row["image"]), unit, pixel, detection_scores(pred, true, iou), hd95(pred > 0, true > 0))
 

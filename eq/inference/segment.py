@@ -149,20 +149,24 @@ def probability_rows(
 
 def predict_probability(
     segmenter: Segmenter,  # What predicts
-    rgb: np.ndarray,  # (H, W, 3) uint8
+    picture: np.ndarray | Source,  # (H, W, 3) uint8, or an opened image: that is read as `predict_image` reads it
     px_size_um: float | None = None,  # Micrometres per pixel, None when unknown
 ) -> np.ndarray:  # (H, W) float32
-    "Probability of the foreground at the size of the image."
-    return np.concatenate(list(probability_rows(segmenter.tile_pass(ArraySource(rgb), px_size_um))))
+    "Probability of the foreground at the size of the image. Raises EqError where a tile cannot be read: an array has no place for a ledger."
+    tile_pass = segmenter.tile_pass(ArraySource(picture) if isinstance(picture, np.ndarray) else picture, px_size_um)
+    found = np.concatenate(list(probability_rows(tile_pass)))
+    if tile_pass.refused:
+        raise EqError(f"{len(tile_pass.refused)} of {len(tile_pass.tiles)} tiles cannot be read; the first: {tile_pass.refused[0].reason}")
+    return found
 
 
 def predict_labels(
     segmenter: Segmenter,  # What predicts
-    rgb: np.ndarray,  # (H, W, 3) uint8
+    picture: np.ndarray | Source,  # (H, W, 3) uint8, or an opened image
     px_size_um: float | None = None,  # Micrometres per pixel, None when unknown
 ) -> np.ndarray:  # (H, W) int32: 0 background, 1..n objects
-    "Numbered objects at the checkpoint's threshold, without those that are too small."
-    return label_objects(predict_probability(segmenter, rgb, px_size_um) >= segmenter.meta.threshold, segmenter.min_area_px(px_size_um))
+    "Numbered objects at the checkpoint's threshold, without those that are too small. Raises EqError where a tile cannot be read."
+    return label_objects(predict_probability(segmenter, picture, px_size_um) >= segmenter.meta.threshold, segmenter.min_area_px(px_size_um))
 
 # %% ../../nbs/41_inference.segment.ipynb #9085b54f
 @dataclass(frozen=True)

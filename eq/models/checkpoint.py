@@ -56,9 +56,12 @@ def save_checkpoint(
 def read_meta(
     folder: Path | str,  # A checkpoint folder, or its model.json or model.safetensors
 ) -> CheckpointMeta:  # The description
-    "Reads model.json. Raises EqError when the folder holds no checkpoint."
-    folder = checkpoint_folder(folder)
-    return CheckpointMeta.from_dict(read_json(folder / META))
+    "Reads model.json. Raises EqError when the folder holds no checkpoint, naming the file where it is no description."
+    path = checkpoint_folder(folder) / META
+    try:
+        return CheckpointMeta.from_dict(read_json(path))
+    except EqError as error:
+        raise error if str(path) in str(error) else EqError(f"{path}: {error}") from error
 
 
 PICKLES = (".pkl", ".pickle", ".pth", ".pt", ".ckpt", ".joblib")
@@ -135,6 +138,14 @@ def segmenter_of(
     return build_ensemble(lambda: create_unet(meta.arch, meta.encoder, meta.in_channels, len(meta.classes)), int(meta.params.get("members", 1)))
 
 # %% ../../nbs/21_models.checkpoint.ipynb #283d350b
+def _network_of(meta: CheckpointMeta, path: Path) -> nn.Module:
+    "What a description speaks of. Raises EqError naming its file where there is no such network: libraries raise what they like for names they do not know."
+    try:
+        return NETWORKS[meta.task](meta) if meta.task in NETWORKS else segmenter_of(meta)
+    except (EqError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise EqError(f"{path}: no network can be built from it ({' '.join(str(error).split())})") from error
+
+
 def load_checkpoint(
     folder: Path | str,  # A checkpoint folder
     task: str | None = None,  # The task it must have been trained for, None for any
@@ -148,7 +159,7 @@ def load_checkpoint(
         if wanted is not None and wanted != has:
             raise EqError(f"{folder}: checkpoint has {what} {has!r}, needed is {wanted!r}")
     tensors = load_tensors(folder / WEIGHTS, meta.weights_sha256)
-    model = NETWORKS[meta.task](meta) if meta.task in NETWORKS else segmenter_of(meta)
+    model = _network_of(meta, folder / META)
     fill(model, tensors, str(folder))
     return model.eval(), meta
 

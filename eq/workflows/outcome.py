@@ -72,9 +72,8 @@ def outlined(
     "An image with what was found and what is there."
     size = row.get("px_size_um")
     image = open_image(row["image"], None if size is None or pd.isna(size) else float(size))
-    rgb = image.rgb()
-    found = predict_labels(segmenter, rgb, image.px_size_um)
-    return overlay(ArraySource(rgb), ArrayLabels(found), ArrayLabels(true_objects(row["mask"], row["mask_coding"])), max_px)
+    found = predict_labels(segmenter, image, image.px_size_um)
+    return overlay(ArraySource(image.rgb()), ArrayLabels(found), ArrayLabels(true_objects(row["mask"], row["mask_coding"])), max_px)
 
 
 def example_figure(

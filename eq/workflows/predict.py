@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..core.config import load_config
 from ..core.files import atomic_write
-from ..core.provenance import Run, start_run
+from ..core.provenance import Run, begun, start_run
 from ..core.registry import EqError, named_once, unknown_name
 from ..core.request import remember_request, same_request
 from ..data.listing import LEFT_OUT, list_images
@@ -31,7 +31,7 @@ from ..inference.segment import Engine
 from ..models.checkpoint import META, WEIGHTS, checkpoint_folder
 from .batch import ENGINES, Cluster, Mapper
 from .cli import with_options
-from .image_job import GATES, ImageJob, TileJob, attempt, compute_tiles, folder_names, gate_of, segmenter_of, tile_jobs
+from .image_job import GATES, RESULT, ImageJob, TileJob, attempt, compute_tiles, gate_of, kept_names, segmenter_of, tile_jobs
 
 # %% ../../nbs/74_workflows.predict.ipynb #e3816a36
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class PredictResult:
     failed: tuple[str, ...]  # Images that could not be predicted
 
 # %% ../../nbs/74_workflows.predict.ipynb #0a859b28
-def _jobs(request: PredictRequest, paths: Sequence[Path]) -> list[ImageJob]:
-    "A job for each image, with the name of its folder in a run."
-    names, model = folder_names(paths), checkpoint_folder(request.model)
+def _jobs(request: PredictRequest, paths: Sequence[Path], run: Path) -> list[ImageJob]:
+    "A job for each image, with its folder in the run."
+    names, model = kept_names(paths, run), checkpoint_folder(request.model)
     wanted = (model, request.engine, request.px_size_um, request.rois, request.probability, request.gate, request.plane)
-    return [ImageJob(p, Path(n), *wanted) for p, n in zip(paths, names, strict=True)]
+    return [ImageJob(p, run / n, *wanted) for p, n in zip(paths, names, strict=True)]
 
 
 def _count_tiles(jobs: list[ImageJob]) -> int:
@@ -122,6 +122,9 @@ def _warn(rows: list[dict[str, Any]], run: Run) -> None:
     if strangers := [row["folder"] for row in done if row.get("gate") == REFUSE]:
         text = "their numbers should not count, see gate_reasons in summary.csv"
         run.log.warning(f"{len(strangers)} of {len(done)} images were refused by the gate and segmented all the same; {text}")
+    if beside := sorted({p.parent.name for p in run.dir.glob(f"*/{RESULT}")} - {row["folder"] for row in done}):
+        text = "summary.csv does not count them; they belong to images that were not named this time, or cannot be read now"
+        run.log.warning(f"{len(beside)} results of an earlier run were left alone; {text}", folders=beside)
     if any(row.get("gate") == NO_GATE for row in done):
         run.log.warning("the checkpoint has no gate: whether these images are like its training images is not known")
     if refused := {row["folder"]: row["tiles_refused"] for row in done if row["tiles_refused"]}:
@@ -163,12 +166,18 @@ def _rows(jobs: list[ImageJob], request: PredictRequest, run: Run, bar: Any) -> 
     return [found[n] for n in sorted(found)]
 
 
+def _same_run(folder: Path | None, params: dict[str, Any]) -> None:
+    "Raises EqError unless a run with these settings began in a folder."
+    if folder is None or not begun(folder):
+        raise EqError(f"nothing to resume in {folder}: give --out the folder of the run that was interrupted")
+    same_request(folder, params)
+
+
 def predict_images(
     request: PredictRequest,  # What to predict with what
 ) -> PredictResult:  # Also when images failed; look at `failed`
     "Segments images into a run folder. Raises EqError for a checkpoint, an engine or a folder that cannot be used, and on a full disk."
     listing = list_images(request.images, request.out)
-    planned = _jobs(request, listing.images)
     ENGINES[request.cluster.engine]
     if request.px_size_um is not None:
         checked_px_size(request.px_size_um)
@@ -176,11 +185,11 @@ def predict_images(
     asked = {k: getattr(request, k) for k in ("plane", "rois", "probability", "gate")}
     params = {**segmenter.settings(), "px_size_um_given": request.px_size_um, **asked}
     gate = gate_of(checkpoint_folder(request.model), request.engine.device) if request.gate != "off" else None
-    if request.resume and request.out is not None:
-        same_request(request.out, params)
+    if request.resume:
+        _same_run(request.out, params)
     with start_run("predict", request.out, params, resume=request.resume) as run:
         remember_request(run.dir, params)
-        jobs = [replace(job, final=run.dir / job.final) for job in planned]
+        jobs = _jobs(request, listing.images, run.dir)
         for name in (WEIGHTS, META, *((BANK, REFERENCE) if gate else ())):
             run.add_input(checkpoint_folder(request.model) / name)
         with tqdm(total=_count_tiles(jobs), desc="predicting", unit="tile", disable=request.quiet or None) as bar:
