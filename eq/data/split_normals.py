@@ -21,8 +21,8 @@ def known_labels(
     cohort: Cohort,  # With a `label` column
 ) -> pd.Series:  # Text, one a row
     "The label of each image. Raises EqError for the first image that has none, since it would count as not normal."
-    given = cohort.table.get("label", pd.Series(index=cohort.table.index, dtype=object))
-    labels = given.astype(object).where(given.notna(), "").astype(str)
+    given = pd.Series(list(cohort.table["label"]) if "label" in cohort.table else "", index=cohort.table.index, dtype=object)
+    labels = given.where(given.notna(), "").astype(str)
     if len(empty := np.flatnonzero(labels.str.strip() == "")):
         first = cohort.table["image"].iloc[empty[0]]
         raise EqError(f"{cohort.name}: {first} has no label, the first of {len(empty)} among {len(labels)} images; fill the column label, or leave them out")
