@@ -41,22 +41,27 @@ def options(**more) -> list[str]:
 
 
 def test_labels_of_test_images_change_nothing_before_the_verdict(ward, tmp_path):
-    "Abnormal images are relabelled, and their pixels replaced: weights and thresholds stay, to the last bit."
-    other = ward.table.copy()
-    ill = other["label"] != "well"
-    other.loc[ill, "label"] = other.loc[ill, "label"].map({"ring": "dim", "dim": "ring"})
+    "Tested images change their labels, well for ill, and pixels of the ill are mixed: weights, epoch and thresholds stay, to the last bit; the verdict does not."
+    table = ward.table.assign(not_for_training=["held out" if i >= 16 else "" for i in range(32)])  # whatever their label: the same parts for training
+    other, ill, held = table.copy(), table["label"] != "well", table["not_for_training"] != ""
     other.loc[ill, "image"] = other.loc[ill, "image"].to_numpy()[::-1]
-    changed = Cohort(other, name="ward", task="classify", synthetic=True)
-    runs = [train_anomaly(AnomalyRequest(source=c, out=tmp_path / n, values=SMALL, allow_leak="drawn alike", quiet=True))
-            for n, c in (("a", ward), ("b", changed))]
+    other.loc[held, "label"] = other.loc[held, "label"].map({"ring": "well", "well": "ring", "dim": "dim"})
+    assert (other["label"] != table["label"]).sum() == 10
+    cohorts = [Cohort(t, name="ward", task="classify", synthetic=True) for t in (table, other)]
+    runs = [train_anomaly(AnomalyRequest(source=c, out=tmp_path / n, values=SMALL | {"epochs": 2}, allow_leak="drawn alike", quiet=True))
+            for n, c in zip("ab", cohorts, strict=True)]
     for arch in runs[0]:
-        assert runs[0][arch].meta.weights_sha256 == runs[1][arch].meta.weights_sha256, arch
+        metas = [run[arch].meta for run in runs]
+        assert metas[0].weights_sha256 == metas[1].weights_sha256 and metas[0].metrics["epoch"] == metas[1].metrics["epoch"], arch
+        assert metas[0].data["parts"] == metas[1].data["parts"] and [r["valid_loss"] for r in runs[0][arch].history] == [r["valid_loss"] for r in runs[1][arch].history]
     reports = [evaluate_anomaly([r.folder for r in run.values()], c, tmp_path / f"j{i}", ("pca",), quiet=True)
-               for i, (run, c) in enumerate(zip(runs, (ward, changed), strict=True))]
+               for i, (run, c) in enumerate(zip(runs, cohorts, strict=True))]
     for name, first in reports[0].witnesses.items():
         assert np.array_equal(first.validate, reports[1].witnesses[name].validate), name
-    thresholds = [{n: s.threshold for n, s in r.verdicts[0].scores.items()} for r in reports]
-    assert thresholds[0] == thresholds[1]
+    thresholds, aurocs = ([{n: f(s) for n, s in next(v for v in r.verdicts if v.contrast == "ring").scores.items()} for r in reports]
+                          for f in (lambda s: s.threshold, lambda s: s.auroc.estimate))
+    assert thresholds[0] == thresholds[1] and {"unet", "reversed", "pca"} <= set(thresholds[0])
+    assert aurocs[0] != aurocs[1]
 
 
 def test_pixels_of_normal_test_images_change_nothing_before_the_verdict(ward, tmp_path):
@@ -101,6 +106,29 @@ def test_train_resume_and_judge_from_the_command_line(ward, tmp_path, capsys):
     images = pd.read_csv(tmp_path / "judged" / "images.csv")
     trained = set(read_meta(out / "unet").data["parts"]["train"])
     assert not trained & set(images["image"]) and {"unet", "brightness"} <= set(images.columns)
+
+
+def test_a_folder_with_a_folder_a_class_is_trained_on_and_judged(ward, tmp_path, capsys):
+    "No table: folders are labels, names tell patients. One class is enough to learn from, and not to judge."
+    folder = tmp_path / "set"
+    for i, row in enumerate(ward.table.itertuples()):
+        target = folder / row.label / f"{row.subject}_{i}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(Path(row.image).read_bytes())
+    train = ["train", "anomaly", "--arch", "unet", "--allow-leak", "drawn alike", *options()]
+    judge = ["evaluate", "anomaly", "--baseline", "brightness", "--model"]
+    assert main([*train, "--source", str(folder), "--out", str(tmp_path / "run")]) == 0
+    assert main([*judge, str(tmp_path / "run" / "unet"), "--out", str(tmp_path / "judged")]) == 0
+    data, images = read_meta(tmp_path / "run" / "unet").data, pd.read_csv(tmp_path / "judged" / "images.csv")
+    assert data["unit"] == "subject" and {Path(p).parent.name for part in data["parts"].values() for p in part} == {"well"}
+    assert set(images["label"]) == {"well", "ring", "dim"} and set(images["subject"]) >= {f"s{i}" for i in range(10, 16)}
+    assert main([*train, "--source", str(folder / "well"), "--out", str(tmp_path / "one")]) == 0
+    capsys.readouterr()
+    assert main([*judge, str(tmp_path / "one" / "unet")]) == 2
+    said = capsys.readouterr().err
+    assert "the test part holds ['well']; valid: 'well' and another label at least" in said and "Traceback" not in said
+    assert main([*train, "--source", str(folder), "--normal", "healthy", "--out", str(tmp_path / "no")]) == 2
+    assert "unknown label of normal images 'healthy'" in capsys.readouterr().err
 
 
 def test_a_network_from_a_stream_is_judged_on_the_patients_that_it_held_out(ward, tmp_path, capsys):

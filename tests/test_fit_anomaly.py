@@ -1,10 +1,8 @@
-"""Training on normal images: killed at any moment and resumed, it ends with the very bits of an undisturbed run; labels of a test set reach neither
-the weights nor the moment to stop.
+"""Training on normal images: killed at any moment and resumed, it ends with the very bits of an undisturbed run. (That labels of a test set reach neither
+the weights nor the moment to stop is shown in test_anomaly_verbs.)
 
 Runs are forked children of one server process that has imported torch and eq once; faults are armed as in test_train_faults.
 """
-import inspect
-import itertools
 import os
 import random
 import signal
@@ -135,18 +133,6 @@ def test_resume_is_exact_in_the_precision_that_auto_picks(context, arch: str, tm
     assert (tmp_path / "killed" / LAST).exists(), "killed before the first checkpoint"
     assert run(context, tmp_path / "killed", arch, resume=True, precision="auto") == 0
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
-
-
-def test_no_label_can_enter() -> None:
-    """Nothing that is given to a run could hold one, and no module that it is made of reads a cohort, where the labels are."""
-    from eq.training import fit_anomaly, grey_batches, introspective
-
-    words = ("label", "target", "abnormal", "class", "test", "score", "cohort")
-    for name in ("fit_anomaly", "AnomalyFit", "AnomalyOptions"):
-        given = inspect.signature(getattr(fit_anomaly, name)).parameters
-        assert not [p for p, w in itertools.product(given, words) if w in p], f"{name} takes {list(given)}"
-    for module in (fit_anomaly, grey_batches, introspective):
-        assert not [n for n in ("read_cohort", "load_cohort", "Cohort", "Grey", "load_grey") if hasattr(module, n)]
 
 
 def test_validation_images_stop_a_run_and_teach_it_nothing(tmp_path: Path) -> None:

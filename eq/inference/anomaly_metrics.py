@@ -102,11 +102,19 @@ def _times(codes: np.ndarray, n: int, seed: int) -> np.ndarray:
     return flat.reshape(n, k)[:, codes]
 
 
-def _interval(estimate: float, values: np.ndarray, units: int, seed: int, level: float = 0.95) -> Interval:
-    good, n = values[np.isfinite(values)], len(values)
+def _rarer(yes: np.ndarray, codes: np.ndarray) -> int:
+    "Units of the kind that fewer units have."
+    return min(len(np.unique(codes[kind])) for kind in (yes, ~yes))
+
+
+def _interval(estimate: float, values: np.ndarray, kinds: tuple[np.ndarray, np.ndarray], seed: int, level: float = 0.95) -> Interval:
+    "Of what tells abnormal from normal: sure only as far as the rarer kind goes, however many units there are in all."
+    (yes, codes), good, n = kinds, values[np.isfinite(values)], len(values)
+    units, rarer = int(codes.max()) + 1, _rarer(yes, codes)
+    few = few_units_note(rarer, level)
     lost = f"{n - len(good)} of {n} resamples hold one kind only and are left out" if len(good) < n else ""
-    ends = np.percentile(good, [50 * (1 - level), 50 * (1 + level)]) if units > 1 and len(good) >= n / 2 else (np.nan, np.nan)
-    note = "; ".join(filter(None, [few_units_note(units, level), lost]))
+    ends = np.percentile(good, [50 * (1 - level), 50 * (1 + level)]) if rarer > 1 and len(good) >= n / 2 else (np.nan, np.nan)
+    note = "; ".join(filter(None, [few and f"of the rarer kind, {few}", lost]))
     return Interval(estimate, float(ends[0]), float(ends[1]), level, units, f"percentile bootstrap over units, {n} draws, seed {seed}", note)
 
 
@@ -121,7 +129,7 @@ def ranking_interval(
     "AUROC or AUPRC with a percentile bootstrap over patients. Raises EqError for what `checked` refuses."
     s, yes, codes = checked(scores, abnormal, units)
     estimate = float(RANKED[score](s, yes, np.ones((1, len(s))))[0])
-    return _interval(estimate, RANKED[score](s, yes, _times(codes, n, seed)), int(codes.max()) + 1, seed)
+    return _interval(estimate, RANKED[score](s, yes, _times(codes, n, seed)), (yes, codes), seed)
 
 # %% ../../nbs/48b_inference.anomaly_metrics.ipynb #e3e0ccb3
 @dataclass(frozen=True)
@@ -147,8 +155,8 @@ class AnomalyScores(Result):
 
 
 def _share(hit: np.ndarray, of: np.ndarray, units: np.ndarray, n: int) -> Interval:
-    parts = np.stack([hit & of, of], 1).astype(float)
-    return additive_interval(parts, units, lambda s: np.divide(s[..., 0], s[..., 1], out=np.full(s.shape[:-1], np.nan), where=s[..., 1] > 0), n)
+    "Share of one kind of images, drawn over the patients who have such."
+    return additive_interval(np.stack([hit[of], of[of]], 1).astype(float), units[of], lambda s: s[..., 0] / s[..., 1], n)
 
 
 def judge(
@@ -187,8 +195,9 @@ class Compared(Result):
     "AUROC of the one detector minus that of the other. As a tuple: difference, standard error, p."
 
     difference: float
-    se: float  # Standard error of the difference
-    p: float  # Two-sided, of no difference
+    se: Measure  # Standard error of the difference
+    p: Measure  # Two-sided, of no difference
+    note: str = ""  # Why there is no p
 
     def __iter__(self):  # noqa: ANN204  # so that it unpacks
         return iter((self.difference, self.se, self.p))
@@ -220,12 +229,12 @@ def delong(
     abnormal: Sequence[bool] | np.ndarray,  # (N,)
     units: Sequence[Any] | np.ndarray | None = None,  # (N,), patient of each image; None: images are independent
 ) -> Compared:  # AUROC of a minus that of b, its standard error, p
-    "DeLong's test of two paired AUROCs. Raises EqError for other lengths and for fewer than two units of a kind."
+    "DeLong's test of two paired AUROCs; no p, and why, where a kind comes from a single unit. Raises EqError for other lengths."
     (a, yes, codes), (b, _, _) = checked(scores_a, abnormal, units), checked(scores_b, abnormal, units)
-    if min(len(np.unique(codes[yes])), len(np.unique(codes[~yes]))) < 2:
-        raise EqError("a kind of images comes from a single unit; valid: two patients or more of each kind")
     (a10, a01), (b10, b01) = placements(a, yes), placements(b, yes)
     difference = float(a10.mean() - b10.mean())
+    if _rarer(yes, codes) < 2:
+        return Compared(difference, float("nan"), float("nan"), "no p: the abnormal or the normal images come from one unit only; two or more of each kind are needed")
     se = float(np.sqrt(max(_spread(a10 - b10 - difference, a01 - b01 - difference, codes, yes), 0.0)))
     p = 2 * float(norm.sf(abs(difference) / se)) if se > 1e-12 else float(abs(difference) < 1e-12)
     return Compared(difference, se, p)
@@ -243,4 +252,4 @@ def auroc_above(
     (a, yes, codes), (b, _, _) = checked(scores_a, abnormal, units), checked(scores_b, abnormal, units)
     once, times = np.ones((1, len(a))), _times(codes, n, seed)
     estimate, drawn = (weighted_auroc(a, yes, w) - weighted_auroc(b, yes, w) for w in (once, times))
-    return _interval(float(estimate[0]), drawn, int(codes.max()) + 1, seed)
+    return _interval(float(estimate[0]), drawn, (yes, codes), seed)

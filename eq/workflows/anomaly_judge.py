@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['READING', 'Verdict', 'pass_verdict', 'verdict_text', 'score_rows', 'pair_rows', 'AnomalyReport', 'read_networks',
-           'evaluate_anomaly', 'command']
+           'check_held_out', 'learned_elsewhere', 'evaluate_anomaly', 'command']
 
 # %% ../../nbs/75h_workflows.anomaly_judge.ipynb #33dec4ba
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from ..inference.anomaly_places import LEARNED, check_map, map_for, map_names, p
 from ..models.baselines import BASELINES
 from ..models.checkpoint import META, WEIGHTS, checkpoint_folder, load_checkpoint
 from .anomaly_exam import EXPOSURE, STANDARD, Exam, Witness, exam_source, examine, examine_baselines, make_exam
-from .anomaly_lesson import pixel_hashes
+from .anomaly_lesson import address_of, pixel_hashes
 from .anomaly_train import anomaly_settings, stored_config, told_config
 
 # %% ../../nbs/75h_workflows.anomaly_judge.ipynb #e85df553
@@ -77,21 +77,30 @@ def pass_verdict(
 def verdict_text(
     verdict: Verdict,  # From `pass_verdict`
     trained: Sequence[str],  # Names of the trained networks
+    elsewhere: str = "",  # From `learned_elsewhere`
 ) -> str:  # Two sentences, a third where the intervals are not to be trusted
     "What may be concluded: training pays only where the interval of the difference lies above 0."
     plain = [n for n in verdict.scores if n not in trained]
     own, other = verdict.best(trained), verdict.best(plain)
     mine, theirs = verdict.scores[own].auroc, verdict.scores[other].auroc
     interval, test = verdict.pairs[f"{own} - {other}"]
-    notes = list(dict.fromkeys(i.note for i in (mine, theirs, interval) if i.note))
+    notes = list(dict.fromkeys(i.note for i in (mine, theirs, interval, test) if i.note))
     mine, theirs, gap = (replace(i, note="") for i in (mine, theirs, interval))  # what they share is said once, at the end
     said = f"{own} separates {verdict.contrast} from normal with an AUROC of {mine}, the best of {len(plain)} baselines ({other}) with {theirs}"
-    lead = "Training paid" if interval.above_zero else "No gain from training was shown"
+    where = " elsewhere" if elsewhere else ""
+    lead = f"Training{where} paid" if interval.above_zero else f"No gain from training{where} was shown"
+    p = "no p" if test.note else f"p = {test.p:.2g}"
     picked = f" Both were picked as the best of {len(trained)} and {len(plain)} on these images, which interval and p do not know."
     doubt = f" Of the intervals: {'; '.join(notes)}." if notes else ""
-    return f"{lead}: {said}; difference {gap}, p = {test.p:.2g} (DeLong).{picked}{doubt}"
+    return f"{lead}: {said}; difference {gap}, {p} (DeLong).{picked}{doubt}{elsewhere and ' ' + elsewhere}"
 
 # %% ../../nbs/75h_workflows.anomaly_judge.ipynb #94529e07
+def _cell(found: Interval, form: str) -> str:
+    "Estimate and interval in a table."
+    ends = f"{found.low:{form}} to {found.high:{form}}" if found.low == found.low else "no interval"
+    return f"{found.estimate:{form}} ({ends})"
+
+
 def score_rows(
     verdicts: Sequence[Verdict],  # One a contrast
 ) -> pd.DataFrame:  # One row a detector and contrast
@@ -99,9 +108,9 @@ def score_rows(
     rows = []
     for v in verdicts:
         for name, s in sorted(v.scores.items(), key=lambda item: -item[1].auroc.estimate):
-            shares = {k: f"{i.estimate:.2f} ({i.low:.2f} to {i.high:.2f})" if (i := getattr(s, v)) is not None else ""
+            shares = {k: _cell(i, ".2f") if (i := getattr(s, v)) is not None else ""
                       for k, v in {"sensitivity at 95 % specificity": "sensitivity95", "sensitivity": "sensitivity", "specificity": "specificity"}.items()}
-            rows.append({"contrast": v.contrast, "detector": name, "AUROC": f"{s.auroc.estimate:.3f} ({s.auroc.low:.3f} to {s.auroc.high:.3f})",
+            rows.append({"contrast": v.contrast, "detector": name, "AUROC": _cell(s.auroc, ".3f"),
                          "AUPRC": f"{s.auprc.estimate:.3f} (chance {s.prevalence:.2f})", **shares,
                          "MSE normal": f"{s.mse:.5f}" if s.mse == s.mse else "", "MSE abnormal": f"{s.mse_abnormal:.5f}" if s.mse == s.mse else ""})
     return pd.DataFrame(rows)
@@ -111,7 +120,7 @@ def pair_rows(
     verdicts: Sequence[Verdict],  # One a contrast
 ) -> pd.DataFrame:  # One row a pair and contrast
     "Differences of AUROC on the same patients."
-    return pd.DataFrame([{"contrast": v.contrast, "difference of AUROC": pair, "estimate": f"{i.estimate:+.3f} ({i.low:+.3f} to {i.high:+.3f})", "p (DeLong)": f"{t.p:.2g}"}
+    return pd.DataFrame([{"contrast": v.contrast, "difference of AUROC": pair, "estimate": _cell(i, "+.3f"), "p (DeLong)": t.note or f"{t.p:.2g}"}
                          for v in verdicts for pair, (i, t) in v.pairs.items()])  # fmt: skip
 
 # %% ../../nbs/75h_workflows.anomaly_judge.ipynb #3f3a7a2b
@@ -165,6 +174,32 @@ def _one_comparison(loaded: dict[str, Any], configs: dict[str, AnomalyConfig]) -
     _ = REDUCERS[first.reduce], INTENSITIES[first.intensity]
     return first
 
+# %% ../../nbs/75h_workflows.anomaly_judge.ipynb #5d0c7a1e
+def check_held_out(
+    exam: Exam,  # Images
+    meta: CheckpointMeta,  # Of a network that is to be judged on them
+) -> None:
+    "Raises EqError where a test image took part in the training, or a validation image was learned from."
+    parts = {name: set(known) for name, known in meta.data["pixels"].items()}
+    learned = parts["train"] - parts.get("validate", set())
+    for name, images, seen in (("test", exam.test, set[str]().union(*parts.values())), ("validation", exam.validate, learned)):
+        if known := [n for n, h in zip(images.names, pixel_hashes(images), strict=True) if h in seen]:
+            raise EqError(f"{len(known)} of {len(images)} {name} images took part in training {meta.arch}, the first {known[0]}; judge on what was held out")
+
+
+def learned_elsewhere(
+    exam: Exam,  # What baselines learn from
+    data: Mapping[str, Any],  # `CheckpointMeta.data` of the networks
+    source: str | Path | Cohort,  # Of the exam
+) -> str:  # A sentence; empty where networks and baselines learned from the same images
+    "What a comparison is worth where networks and baselines did not learn from the same images."
+    own, here = data["pixels"]["train"], pixel_hashes(exam.train)
+    if set(own) == set(here):
+        return ""
+    same, name = sum(h in set(own) for h in here), address_of(source)
+    theirs = f"baselines from {len(here)} of {name}, {same} of them the same"
+    return f"Networks learned from {len(own)} normal images of {data.get('source')}, {theirs}; thresholds come from {name}."
+
 # %% ../../nbs/75h_workflows.anomaly_judge.ipynb #e0cfc932
 def evaluate_anomaly(
     models: Sequence[Path | str],  # Checkpoint folders of `eq train anomaly`
@@ -174,16 +209,14 @@ def evaluate_anomaly(
     quiet: bool = False,  # No progress bar
     reading: Mapping[str, Any] | None = None,  # Keys of READING that depart from what the networks were trained with
 ) -> AnomalyReport:  # Tables, verdict, page
-    "Judges networks and baselines. Raises EqError for networks of different kinds of training, and where a test image was trained on."
+    "Judges networks and baselines. Raises EqError for networks of different kinds of training, and where a test or validation image was trained on."
     from eq.workflows.anomaly_report import write_anomaly_report
 
     loaded, config = read_networks(models, reading)
     data = next(iter(loaded.values()))[1].data
-    exam = make_exam(exam_source(source, data), config, quiet, data)
-    for _, meta, _ in loaded.values():
-        seen = {h for part in meta.data["pixels"].values() for h in part}
-        if known := [n for n, h in zip(exam.test.names, pixel_hashes(exam.test), strict=True) if h in seen]:
-            raise EqError(f"{len(known)} of {len(exam.test)} test images took part in training {meta.arch}, the first {known[0]}; judge on what was held out")
+    source = exam_source(source, data)
+    exam = make_exam(source, config, quiet, data)
+    [check_held_out(exam, meta) for _, meta, _ in loaded.values()]
     asked = {"models": [str(m) for m in models], "source": exam.split.test.name, "config": told_config(config), "reading": {k: getattr(config, k) for k in READING}}
     with start_run("evaluate-anomaly", out, asked) as run:
         [run.add_input(checkpoint_folder(path) / name) for path in models for name in (META, WEIGHTS)]
@@ -192,7 +225,7 @@ def evaluate_anomaly(
         witnesses = {name: examine(network, exam, _map_of(run, config.map, meta, folder), True, config.reduce) for name, (network, meta, folder) in loaded.items()} | more
         verdicts = [pass_verdict(witnesses, exam, label, config) for label in exam.contrasts()]
         leaks = {name: leak_verdict(meta.data.get("leaks")) for name, (_, meta, _) in loaded.items()}
-        report = AnomalyReport(run.dir, exam, witnesses, verdicts, verdict_text(verdicts[0], list(loaded)), left_out, leaks)
+        report = AnomalyReport(run.dir, exam, witnesses, verdicts, verdict_text(verdicts[0], list(loaded), learned_elsewhere(exam, data, source)), left_out, leaks)
         _write(run, report, exam.test)
         write_anomaly_report(report, config)
         [run.log.warning(f"baseline {name} left out: {why}") for name, why in left_out.items()]

@@ -22,15 +22,16 @@ from ..data.leakage import check_leaks
 from ..data.source import load_source
 from ..data.split import Split, split_cohort
 from ..data.split_normals import NORMALS
-from .anomaly_stream import is_stream, stream_normals
+from .anomaly_stream import is_stream, stream_normals, with_names
 
 # %% ../../nbs/73kb_workflows.anomaly_lesson.ipynb #8c1e7c14
 def split_normals(
     source: str | Path | Cohort,  # A registered source, a cohort CSV, a folder, or a cohort
     config: AnomalyConfig,  # Section anomaly
 ) -> Split:  # Training and validation hold normal images only
-    "The split that training and evaluation share. Raises EqError where there is no normal image."
+    "The split that training and evaluation share. Raises EqError where there is no normal image, and for an image without a label."
     cohort = source if isinstance(source, Cohort) else load_source(source)
+    cohort = cohort if "label" in cohort.table else with_names(cohort)
     return split_cohort(cohort, scheme=NORMALS, normal=config.normal, validate=config.validate_share, test=config.test_share, seed=config.seed)
 
 

@@ -70,6 +70,7 @@ def anomaly_page(
     shown = (*trained, first.best([n for n in first.scores if n not in trained]))
     stats = tuple(Stat(f"{first.scores[n].auroc.estimate:.3f}", f"AUROC, {n}", f"{first.scores[n].auroc}") for n in shown)
     told = f"Intervals are drawn over {unit}s, {found.patients} of them. Exposure: {config.intensity}. Networks are read by the map {config.map}, {config.reduce}. "
+    told += "".join(f"{v.contrast}: {note}. " for v in report.verdicts if (note := v.scores[name].auroc.note))
     told += f"Thresholds are the {config.quantile:g} quantile of normal validation images"
     told += "; those of networks leave out the patients that the map was learned from." if config.map in LEARNED else "."
     seen = report.witnesses[name].test

@@ -19,7 +19,9 @@ from ..core.files import sha256_bytes, without_secrets
 from ..core.registry import EqError, unknown_name
 from ..data.cohort import Cohort
 from ..data.grey import Grey, to_grey
+from ..data.pictures import SMALLEST
 from ..data.split import Split
+from ..data.split_normals import known_labels
 from ..data.stream import STREAMS, StreamPlan, open_stream
 from ..data.stream_origin import label_of
 
@@ -116,7 +118,12 @@ def stream_normals(
 
     wanted = round(config.samples / (1 - config.validate_share))
     with open_stream(address, StreamPlan(seed=config.seed, limit=wanted, labels=(config.normal,), pick=pick, quiet=quiet)) as stream:
-        rows = [(to_grey(item.image, config.size, config.intensity), item.name) for item in stream]
+        rows = list[tuple[np.ndarray, str]]()
+        for item in stream:
+            if min(item.image.shape[:2]) < SMALLEST:
+                stream.skipped[item.name] = f"{item.image.shape[1]}x{item.image.shape[0]} pixels; valid: {SMALLEST} or more along each side"
+            else:
+                rows.append((to_grey(item.image, config.size, config.intensity), item.name))
         told, skipped, found = stream.summary(), dict(stream.skipped), choices[0]
     names, units = [n for _, n in rows], [patient_of(n) for _, n in rows]
     told += f", {len(found.held)} normal images held out to test, {len(found.left_out)} left out"
@@ -135,13 +142,19 @@ def stream_normals(
     return Streamed(everything.pick(np.flatnonzero(~mask)[: config.samples]), everything.pick(mask), told, found.left_out, held, unit)
 
 # %% ../../nbs/73ka_workflows.anomaly_stream.ipynb #7c520f90
+def _class_folders(paths: Sequence[str]) -> list[str]:
+    "The folder of each image; none for an image beside the folders of others, which is of no class."
+    above = {folder for folder in {Path(p).parent for p in paths} for folder in folder.parents}
+    return ["" if Path(p).parent in above else label_of(Path(p).as_posix()) for p in paths]
+
+
 def with_names(
     cohort: Cohort,  # Of any folder
 ) -> Cohort:  # Labels and patients as a stream reads them, where the cohort has none
     "The folder an image lies in is its label, its name up to the last underscore its patient."
     paths = [str(p) for p in cohort.table["image"]]
     missing = "label" not in cohort.table or set(cohort.table["label"].fillna("").astype(str)) <= {""}
-    table = cohort.table.assign(label=[label_of(Path(p).as_posix()) for p in paths]) if missing else cohort.table
+    table = cohort.table.assign(label=_class_folders(paths)) if missing else cohort.table
     if cohort.split_unit != "image" or unit_of(paths) == "image":
         return replace(cohort, table=table)
     return replace(cohort, table=table.assign(subject=[patient_of(p) for p in paths]), split_unit="subject")
@@ -164,9 +177,9 @@ def split_streamed(
     config: AnomalyConfig,  # Section anomaly
     data: Mapping[str, Any],  # `CheckpointMeta.data` of a network that was trained from a stream
 ) -> Split | None:  # None where none of the images has the name of one that was streamed
-    "The parts as the stream has dealt them; what it did not give is left out. Raises EqError for an unknown label, and where a part is empty or shares a patient."
+    "The parts as the stream has dealt them; what it did not give is left out. Raises EqError for an unknown or missing label, and where a part is empty or shares a patient."
     held, files = data.get("held", {}), [Path(p) for p in cohort.table["image"]]
-    units, labels = [patient_of(str(p)) for p in files], cohort.table["label"].astype(str).tolist()
+    units, labels = [patient_of(str(p)) for p in files], known_labels(cohort).tolist()
     if config.normal not in labels:
         raise unknown_name("label of normal images", config.normal, sorted(set(labels)))
     learned, stop = (_among(files, data.get("parts", {}).get(k, ())) for k in ("train", "validate"))
