@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple, Self
 
 from .config import load_config
 from .environment import code_version, environment
-from .files import TEMP_PREFIX, list_files, plain, read_json, sha256_bytes, sha256_path, without_secrets, write_error, write_json
+from .files import TEMP_PREFIX, list_files, plain, read_json, sha256_bytes, sha256_path, without_secrets, write_error, write_json, write_text
 from .logs import Logger, read_log
 from .paths import data_root, find_repo, new_run_dir
 from .registry import EqError
@@ -179,7 +179,7 @@ def _resume_dir(name: str, folder: Path) -> Path:
         shutil.rmtree(half_written) if half_written.is_dir() and not half_written.is_symlink() else half_written.unlink(missing_ok=True)
     text = (folder / LOG).read_text(encoding="utf-8", errors="replace")
     if not text.endswith("\n"):  # killed in the middle of a line: the next one must not be glued to it
-        (folder / LOG).write_text(text[: text.rfind("\n") + 1], encoding="utf-8", newline="\n")
+        write_text(folder / LOG, text[: text.rfind("\n") + 1])
     return folder
 
 # %% ../../nbs/06_core.provenance.ipynb #b2d863e3
