@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..core.config import load_config
+from ..core.files import write_json
 from ..core.objects import label_objects
 from ..core.paths import repo_root
 from ..core.registry import EqError, Registry
@@ -138,9 +139,7 @@ def _nnunet_cases(case: Case) -> Path:
             mask = case.folder / "nnunet_masks" / f"{name}_{sample.name}.png"
             write_png(mask, sample.mask)
             listed[name].append({"image": str(image), "mask": str(mask)})
-    path = case.folder / "nnunet_cases.json"
-    path.write_text(json.dumps(listed), encoding="utf-8")
-    return path
+    return write_json(case.folder / "nnunet_cases.json", listed)
 
 
 @VARIANTS.register("nnunet")
