@@ -1,5 +1,6 @@
 """`eq train anomaly` and `eq evaluate anomaly` as a user types them, and what labels of test images can change: nothing before the verdict."""
 
+import re
 import zipfile
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def test_train_resume_and_judge_from_the_command_line(ward, tmp_path, capsys):
     said = ["--source", str(tmp_path / "ward.csv"), "--out", str(out), "--allow-leak", "drawn alike"]
     assert main(["train", "anomaly", "--arch", "unet", *said, *options()]) == 0
     assert "checkpoint:" in capsys.readouterr().out and verify_run(out / "unet").ok
-    assert main(["train", "anomaly", "--resume", str(out / "unet" / "checkpoints" / "last"), "--epochs", "2", "--tracker", "none", "--allow-leak", "x"]) == 0
+    assert main(["train", "anomaly", "--resume", str(out / "unet" / "checkpoints" / "last"), "--epochs", "2", "--keep-epochs", "--tracker", "none", "--allow-leak", "x"]) == 0
     assert read_meta(out / "unet").metrics["epoch"] in (1, 2) and len(pd.read_csv(out / "unet" / "history.csv")) == 2
     capsys.readouterr()
     asked = ["--model", str(out / "unet"), "--baseline", "brightness", "--out", str(tmp_path / "judged")]  # it knows its images itself
@@ -103,6 +104,10 @@ def test_train_resume_and_judge_from_the_command_line(ward, tmp_path, capsys):
     params = read_json(tmp_path / "again" / "manifest.json")["params"]
     assert params["reading"] == {"map": "ssim", "reduce": "top", "quantile": 0.8} == {k: params["config"][k] for k in params["reading"]}
     assert read_json(tmp_path / "judged" / "manifest.json")["params"]["reading"] == {"map": "l1", "reduce": "mean", "quantile": 0.95}
+    second = out / "unet" / "checkpoints" / "epoch-002"  # kept, and one to be judged; not one to go on from
+    assert main(["evaluate", "anomaly", "--model", str(second), "--baseline", "brightness", "--out", str(tmp_path / "second")]) == 0
+    assert main(["train", "anomaly", "--resume", str(second), "--epochs", "3"]) == 2
+    assert f"epoch-002 is not the last checkpoint, and only that holds what it takes to go on; valid: {out / 'unet' / 'checkpoints' / 'last'}" in capsys.readouterr().err
     images = pd.read_csv(tmp_path / "judged" / "images.csv")
     trained = set(read_meta(out / "unet").data["parts"]["train"])
     assert not trained & set(images["image"]) and {"unet", "brightness"} <= set(images.columns)
@@ -150,6 +155,18 @@ def test_a_network_from_a_stream_is_judged_on_the_patients_that_it_held_out(ward
     data, images = read_meta(tmp_path / "run" / "unet").data, pd.read_csv(tmp_path / "judged" / "images.csv")
     tested = {Path(i).name for i in images.loc[images["label"] == "well", "image"]}
     assert len(tested) == data["held"]["images"] > 0 and not tested & {Path(n).name for part in data["parts"].values() for n in part}
+
+
+def test_the_example_on_arrays_in_the_readme_runs(tmp_path, monkeypatch, capsys):
+    "Line by line as it stands there, with small numbers."
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "create_autoencoder" in block]
+    for key in ("size", "latent", "width", "epochs"):
+        monkeypatch.setenv(f"EQ__ANOMALY__{key.upper()}", str(SMALL[key]))
+    monkeypatch.chdir(tmp_path)
+    train, valid, test = (np.random.default_rng(n).random((n, 32, 32), np.float32) for n in (16, 4, 12))
+    exec(example, {"train": train, "valid": valid, "test": test, "ill": np.arange(12) % 3 == 0, "patients": np.arange(12)})
+    assert re.match(r"[01]\.\d+ \(", capsys.readouterr().out) and read_meta(tmp_path / "outputs" / "mine").task == "anomaly"
 
 
 @pytest.mark.parametrize("args, said", [

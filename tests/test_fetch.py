@@ -342,6 +342,7 @@ def test_eq_data_fetch_from_a_url_to_a_cohort(server: ThreadingHTTPServer, tmp_p
     url = f"http://127.0.0.1:{server.server_port}/set.zip?key=secret"
     code, said = run("fetch", "lucchi", "--url", url)
     assert code == 0 and "28 images, 3 blocks" in said and said.startswith("terms: EPFL")
+    assert f"fetching {url.split('?')[0]}" in said and "secret" not in said
     assert "declared: train 4 images of 1 blocks, validate 20 images of 1 blocks, test 4" in run("show", "lucchi")[1]
     notes = json.loads((tmp_path / "data" / "downloads" / "lucchi" / "fetched.json").read_text())
     assert notes["set.zip"]["sha256"] == hashlib.sha256(body).hexdigest() and "secret" not in json.dumps(notes)

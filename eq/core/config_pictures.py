@@ -95,6 +95,7 @@ class AnomalyConfig(Strict):
     plain: float = Field(ge=0, le=1, description="Reversed autoencoder: share of the run, at its beginning, without examination")
     patience: int = Field(ge=0, description="Stop after this many epochs without a better loss on normal validation images; 0 never stops early")
     delta: float = Field(ge=0, description="A loss is better when it is lower by more than this")
+    keep_epochs: bool = Field(description="Keep the weights of every epoch, in checkpoints/epoch-001 and so on, each as large as the result")
     map: str = Field(description="Registered score map, what an image differs from its redrawing by")
     reduce: str = Field(description="Registered reduction, how a map becomes one number")
     quantile: float = Field(gt=0, lt=1, description="Images above this quantile of normal validation scores are called abnormal")

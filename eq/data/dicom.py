@@ -70,7 +70,7 @@ def frame_layout(
     size, source = dicom_px_size(header)
     dtype = frames.stored if kind == "palette" else frames.rescale.dtype
     body = header.get("SOPClassUID") != WHOLE_SLIDE
-    return Layout(frames.rows, frames.columns, frames.samples, dtype, kind, colour == "MONOCHROME1", palette, size, source, note, body)
+    return Layout(frames.rows, frames.columns, frames.samples, dtype, kind, colour == "MONOCHROME1", palette, size, source, note, body, frames.rescale.bits)
 
 # %% ../../nbs/10i_data.dicom.ipynb #d201f646
 def _slice_pixels(frames: DicomFrames, number: int, note: str) -> RasterPixels:

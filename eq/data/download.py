@@ -19,7 +19,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from ..core.files import read_json, sha256_file, without_secrets, write_error, write_json
+from ..core.files import read_json, sha256_bytes, sha256_file, without_secrets, write_error, write_json
 from ..core.registry import EqError
 from .http import Passing, check_status, open_url
 
@@ -40,8 +40,8 @@ class DownloadPlan:
 
     @property
     def key(self) -> str:
-        "What a part is known by."
-        return self.identity or self.url
+        "What a part is known by: a hash, because it is written beside the part and an address may hold a signature."
+        return sha256_bytes((self.identity or self.url).encode())
 
     @property
     def shown(self) -> str:
@@ -76,7 +76,7 @@ class Part:
 
     @property
     def notes(self) -> Path:
-        "URL, version and length."
+        "Hash of the URL, version and length."
         return self.final.with_name(self.final.name + ".part.json")
 
     @property
@@ -93,7 +93,7 @@ class Part:
             notes = read_json(self.notes) if self.notes.is_file() else {}
         except EqError:
             return {}
-        return notes if isinstance(notes, dict) and notes.get("url") == key else {}
+        return notes if isinstance(notes, dict) and notes.get("key") == key else {}
 
     def drop(self) -> None:
         "Forget it."
@@ -240,7 +240,7 @@ def _attempt(plan: DownloadPlan, part: Part) -> None:
         check_status(response, plan.url)
         start, total = _start(response, part, plan, asked)
         _check_room(plan, part, start, total)
-        write_json(part.notes, {"url": plan.key, "version": _version(response) or (version if start else ""), "total": total})
+        write_json(part.notes, {"key": plan.key, "version": _version(response) or (version if start else ""), "total": total})
         _copy(response, plan, part, (start, total))
 
 # %% ../../nbs/19h_data.download.ipynb #7f38c4be

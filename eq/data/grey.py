@@ -6,6 +6,7 @@
 __all__ = ['INTENSITIES', 'as_it_is', 'standard', 'equalise', 'to_grey', 'read_grey', 'Grey', 'load_grey']
 
 # %% ../../nbs/17e_data.grey.ipynb #7c450fcb
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +18,9 @@ from tqdm.auto import tqdm
 
 from ..core.registry import EqError, Registry
 from .cohort import Cohort
-from .io import open_image, read_picture
+from .io import Image, open_image, read_picture
 from .pictures import SMALLEST, square
+from .pixels import needs_window, shown_channels
 
 # %% ../../nbs/17e_data.grey.ipynb #126e1db3
 INTENSITIES: Registry[Callable[[np.ndarray], np.ndarray]] = Registry("intensity")  # (H, W) in 0..1 -> (H, W) in 0..1
@@ -49,13 +51,29 @@ def equalise(
 
 # %% ../../nbs/17e_data.grey.ipynb #ba214d97
 def to_grey(
-    image: np.ndarray,  # (H, W) or (H, W, 3) uint8
+    image: np.ndarray,  # (H, W) or (H, W, 3), uint8 or uint16
     side: int = 128,  # Pixels of the result
     intensity: str = "none",  # A name of INTENSITIES
 ) -> np.ndarray:  # (side, side) float32 in 0..1
     "Luminance, padded with black to a square, resized, then its exposure as asked for."
     grey = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    return INTENSITIES[intensity](square(grey, side).astype(np.float32) / 255).astype(np.float32)
+    return INTENSITIES[intensity](square(grey, side).astype(np.float32) / np.iinfo(image.dtype).max).astype(np.float32)
+
+
+_COMPARABLE = ("grey", "grey+alpha", "rgb", "rgb+alpha")  # kinds of pixels whose brightness is that of the picture
+
+
+def _shades(image: Image) -> np.ndarray:
+    "(H, W) or (H, W, 3): uint16 where black and white are the ends of 16 bits, else the picture."
+    layout, whole = image.layout, (0, 0, image.height, image.width)
+    if layout.dtype != np.uint16 or layout.kind not in _COMPARABLE:
+        if needs_window(layout):
+            warnings.warn(f"{layout.kind} pixels of type {layout.dtype}: each image is stretched by its own percentiles, so their exposure cannot be compared", stacklevel=2)
+        return read_picture(image, whole)
+    values, white = image.read(*whole), 2 ** (layout.bits or 16) - 1
+    shown = values if values.ndim == 2 else values[..., 0] if shown_channels(layout) == 1 else values[..., :3]
+    deep = np.rint(np.minimum(shown, white) * np.float32(65535 / white)).astype(np.uint16)
+    return np.uint16(65535) - deep if layout.inverted else deep
 
 
 def read_grey(
@@ -69,7 +87,7 @@ def read_grey(
     image = open_image(path)
     if min(image.height, image.width) < SMALLEST:
         raise EqError(f"{path}: {image.width}x{image.height} pixels; valid: {SMALLEST} or more along each side")
-    return to_grey(read_picture(image, (0, 0, image.height, image.width)), side, intensity)
+    return to_grey(_shades(image), side, intensity)
 
 # %% ../../nbs/17e_data.grey.ipynb #2794fc68
 @dataclass(frozen=True)

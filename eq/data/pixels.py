@@ -37,6 +37,7 @@ class Layout:
     px_size_source: str = "unknown"
     plane: str = ""
     body: bool = False  # Of a format in which scanners of whole bodies (CT, MR) write
+    bits: int | None = field(default=None, compare=False)  # That stored values use, where the file says; else all of their type
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

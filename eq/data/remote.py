@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote
 from uuid import uuid4
 
-from ..core.files import TEMP_PREFIX, read_json, sha256_file, write_error, write_json
+from ..core.files import TEMP_PREFIX, read_json, sha256_file, without_secrets, write_error, write_json
 from ..core.registry import EqError, Registry
 from .archive import extract
 from .catalogue import SOURCES
@@ -114,11 +114,10 @@ def record_receipt(
     folder: Path,  # Downloads of one source
     receipt: Receipt,  # What came
 ) -> Path:  # fetched.json
-    "Notes hash, size, date and origin of a file. What follows a question mark in a URL may be a key and is left out."
+    "Notes hash, size, date and origin of a file; of the address nothing that may be a key or a password."
     path = folder / "fetched.json"
     known = read_json(path) if path.is_file() else {}
-    origin = receipt.url.split("?")[0].split("#")[0]
-    note = {"sha256": receipt.sha256, "bytes": receipt.bytes, "url": origin, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+    note = {"sha256": receipt.sha256, "bytes": receipt.bytes, "url": without_secrets(receipt.url), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
     return write_json(path, known | {receipt.path.name: note})
 
 
@@ -169,7 +168,7 @@ def fetch_files(
             receipts.append(_checked(folder, file, target, request.sha256))
             request.say(f"{file.name} is here already")
             continue
-        request.say(f"fetching {file.url}" + (f", about {file.bytes / 1e9:.2f} GB" if file.bytes else ""))
+        request.say(f"fetching {without_secrets(file.url)}" + (f", about {file.bytes / 1e9:.2f} GB" if file.bytes else ""))
         expected, limit = _expected(folder, file, request.sha256), request.max_bytes or file.max_bytes
         values = {k: getattr(request.plan, k) for k in ("stall_s", "retries", "wait_s", "longest_wait_s", "quiet")}
         receipts.append(download(DownloadPlan(file.url, expected, limit, **values), target))

@@ -36,7 +36,7 @@ class StreamItem:
 
     name: str  # Path below the folder, or in the archive
     label: str  # Name of the folder that it lies in; empty at the top
-    image: np.ndarray  # (H, W) or (H, W, 3), uint8
+    image: np.ndarray  # (H, W) or (H, W, 3), uint8; (H, W) uint16 where the file has 16 bits
 
 
 @dataclass(frozen=True)

@@ -27,28 +27,31 @@ from .zip_members import Entry, list_zip, unpack
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 _STRIP = 256  # rows
 _FORMATS = ["PNG", "JPEG", "BMP", "TIFF"]
-_MODES = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB", "CMYK": "RGB"}
+_MODES = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB", "CMYK": "RGB", "I;16": "I;16", "I;16B": "I;16B"}
+_WHITE_IS_ZERO = (262, 0)  # tag of a TIFF, which Pillow heeds for 8 bits and not for 16
 
 
 def decode_sample(
     content: bytes,  # A file
     name: str,  # For errors
     room: int,  # Bytes for its pixels, at four a pixel
-) -> np.ndarray:  # (H, W) or (H, W, 3) uint8
-    "An image of 8 bits. Raises EqError for damage, other depths, and more pixels than the room holds, before they are decoded."
+) -> np.ndarray:  # (H, W) or (H, W, 3) uint8, (H, W) uint16
+    "An image of 8 bits, or grey of 16. Raises EqError for damage, other depths, and more pixels than the room holds, before they are decoded."
     with decoding(Path(name), "an image"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with PilImage.open(io.BytesIO(content), formats=_FORMATS) as image:
             if 4 * image.height * image.width > room:
                 raise EqError(f"{image.width}x{image.height} pixels, more than the {room / 4e6:.1f} million that memory_mb and cache_mb leave for one sample")
             if image.mode not in _MODES:
-                raise EqError(f"pixels of the kind {image.mode}; valid: 8 bits, grey or colour")
+                raise EqError(f"pixels of the kind {image.mode}; valid: 8 bits, grey or colour, or 16 bits, grey")
+            if image.mode.startswith("I") and _WHITE_IS_ZERO in getattr(image, "tag_v2", {}).items():
+                raise EqError("16 bits where 0 is white; valid: 0 is black")
             return _pixels(image, _MODES[image.mode])
 
 
 def _pixels(image: PilImage.Image, mode: str) -> np.ndarray:
     "Strip by strip: the way from Pillow to numpy at once needs the pixels three times."
-    values = np.empty((image.height, image.width, 3)[: 2 if mode == "L" else 3], np.uint8)
+    values = np.empty((image.height, image.width, 3)[: 3 if mode == "RGB" else 2], np.uint16 if mode.startswith("I") else np.uint8)
     for top in range(0, image.height, _STRIP):
         strip = image.crop((0, top, image.width, min(image.height, top + _STRIP)))
         values[top : top + _STRIP] = np.asarray(strip.convert(mode))
@@ -88,7 +91,7 @@ class Origin(Protocol):
         entry: Entry,  # Which sample
         packed: bytes | memoryview,  # Its own stretch
         room: int,  # Bytes that it may take
-    ) -> np.ndarray:  # (H, W) or (H, W, 3) uint8
+    ) -> np.ndarray:  # (H, W) or (H, W, 3) uint8, (H, W) uint16
         "One sample. Raises EqError where it cannot be had; the stream goes on with the next."
         ...
 

@@ -49,6 +49,7 @@ class AnomalyOptions:
     brightness: float = 0.1  # factor of 1 - brightness to 1 + brightness
     patience: int = 0  # epochs without progress until the run stops; 0: never
     delta: float = 0.0  # validation loss that must be gained to count as progress
+    keep_epochs: bool = False  # leave the weights of every epoch in checkpoints/epoch-001 and so on
     ema: float = 0.0  # decay of averaged weights; 0: the network as it is
     beta_rec: float = 0.5  # this and what follows: see eq.training.introspective.Balance
     beta_kl: float = 1.0
@@ -184,8 +185,9 @@ def end_epoch(
            **{f"valid_{k}": v for k, v in score.items()}}
     progress.history.append(row)
     fit.losses = []
-    stale = stale_epochs([r["valid_loss"] for r in progress.history], options.delta)
-    finished = clock.progress() >= 1 or bool(options.patience and stale >= options.patience)
+    finished = clock.progress() >= 1 or bool(options.patience and stale_epochs([r["valid_loss"] for r in progress.history], options.delta) >= options.patience)
+    if options.keep_epochs:
+        save_checkpoint(fit.folder / "checkpoints" / f"epoch-{progress.epoch:03d}", fit.trainee.average, replace(fit.meta, metrics=row))
     if finished or options.minutes is None or clock.seconds() - before >= save_gap:
         progress.seconds = clock.seconds()
         save_state(fit.folder / "checkpoints", fit.trainee, replace(fit.meta, metrics=row), best=improved or fit.held or False)

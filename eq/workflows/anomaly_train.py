@@ -88,7 +88,7 @@ def fit_options(
 ) -> AnomalyOptions:  # As the training floor wants them
     "What params.yaml says about fitting."
     same = ("epochs", "minutes", "batch_size", "schedule", "rotate", "flip", "brightness", "patience", "delta", "seed", "noise", "beta_rec", "beta_kl", "beta_neg",
-            "embedding", "plain")
+            "embedding", "plain", "keep_epochs")
     return AnomalyOptions(**{k: getattr(config, k) for k in same}, lr=config.learning_rate, quiet=quiet)
 
 
@@ -112,7 +112,7 @@ def describe_autoencoder(
 
 # %% ../../nbs/73k_workflows.anomaly_train.ipynb #11b219cd
 TRACKING = ("tracker", "experiment", "tracking_uri")
-LONGER = ("epochs", "minutes", "patience", *TRACKING)  # what a resumed run may have otherwise
+LONGER = ("epochs", "minutes", "patience", "keep_epochs", *TRACKING)  # what a resumed run may have otherwise
 BOTH = ("unet", "reversed")
 
 
@@ -197,9 +197,19 @@ def run_of(
         asked = read_json(folder / REQUEST) if (folder / REQUEST).is_file() else None
         archs = asked.get("archs") if isinstance(asked, dict) else None  # other verbs have a request, too
         if isinstance(archs, list):
+            _check_last(path, folder)
             inside = path.resolve().relative_to(folder.resolve()).parts[:1]
             return folder, tuple(a for a in archs if not inside or a == inside[0]) or tuple(archs)
     raise EqError(f"nothing to resume at {path}: neither it nor the folders above hold the {REQUEST} of an `eq train anomaly`")
+
+
+def _check_last(path: Path, folder: Path) -> None:
+    "Raises EqError for a checkpoint that is not the last of its network."
+    parts = path.relative_to(folder).parts
+    if len(parts) > 2 and parts[1] == "checkpoints":
+        named, last = (folder.joinpath(*parts[:2], name) for name in (parts[2], "last"))
+        if named.resolve() != last.resolve():
+            raise EqError(f"{named} is not the last checkpoint, and only that holds what it takes to go on; valid: {last}, or {folder / parts[0]}")
 
 
 def _asked(path: Path) -> dict[str, Any]:

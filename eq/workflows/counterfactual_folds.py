@@ -231,15 +231,15 @@ def added_grades(
     truth, owner = glomeruli.truth, glomeruli.table.set_index("id")[["subject", "group"]]
     for k, found in residuals.items():
         parts = [a for a, f in folds.items() if f != k], [a for a, f in folds.items() if f == k]
-        known = found[list(DEPARTURES)].dropna().add_prefix(f"{FAMILY}_")
-        less = _grades(base, glomeruli, parts, options)
+        known, rest = found[list(DEPARTURES)].dropna().add_prefix(f"{FAMILY}_"), _grades(base, glomeruli, parts, options)
+        both = base.join(known, how="inner")
         try:
-            more = _grades(base.join(known, how="inner"), glomeruli, parts, options)
+            less, more = (_grades(both[columns], glomeruli, parts, options) for columns in (base.columns, both.columns))
         except EqError as error:
-            more = pd.Series(dtype=int)
+            less = more = pd.Series(dtype=int)
             notes.append(f"fold {k + 1} is graded without residuals, because there were {error}")
-        part = found.loc[found.index.intersection(less.index)].assign(fold=k + 1, without=less)
-        rows.append(part.assign(**{"with": more.reindex(part.index).fillna(part["without"]).astype(int)}))
+        part = found.loc[found.index.intersection(rest.index)].assign(fold=k + 1)
+        rows.append(part.assign(**{name: given.reindex(part.index).fillna(rest).astype(int) for name, given in (("without", less), ("with", more))}))
     table = owner.join(pd.concat(rows), how="inner").assign(grade=truth).dropna(subset=["grade"]).astype({"grade": int})
     return _judged(table.rename_axis("id").reset_index(), notes, seed)
 

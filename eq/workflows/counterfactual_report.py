@@ -213,7 +213,8 @@ def counterfactual_report(
         shares = abstained_by_grade(found.table)
         sections.append(Section("Abstained on, by grade", text, table=shares.assign(share=[f"{s:.0%}" for s in shares["share"]])))
     if found.added is not None:
-        text = "Each animal is graded by a grader, and redrawn by a network, that have not seen it. Where the network abstains the grade without residuals stands."
+        text = "Each animal is graded by a grader, and redrawn by a network, that have not seen it. "
+        text += "Both graders learn from glomeruli that the network redraws; where it abstains, a grader of all gives both grades."
         sections.append(Section("What residuals add", text, table=_comparison(found.added)))
     sections.append(Section("Checks", checks=_checks(found)))
     if found.networks is not None:
