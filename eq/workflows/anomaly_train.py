@@ -256,20 +256,14 @@ FLAGS: dict[str, tuple[Any, Any, str]] = {
 CHOICES = {"map": map_names, "reduce": REDUCERS.names, "intensity": INTENSITIES.names}  # keys whose names are registered above core
 
 
-def _typed(name: str, kind: Any) -> str:
-    "How an option is written; what is true or false can be switched on and off."
-    word = name.replace("_", "-")
-    return f"--{word}/--no-{word}" if kind is bool else f"--{word}"
-
-
 def anomaly_options() -> list[Option]:  # For `with_options`
     "The command's options: what to train, then every key of the section."
     flags = [(n, kind, default, typer.Option("--" + n.replace("_", "-"), help=text)) for n, (kind, default, text) in FLAGS.items()]
     fields = AnomalyConfig.model_fields
     told = {n: f"{f.description}: {', '.join(CHOICES[n]())}" if n in CHOICES else f.description for n, f in fields.items()}
     kinds = {name: f.annotation if f.annotation in (int, float, bool) else float if name == "minutes" else str for name, f in fields.items()}
-    keys: list[Option] = [(n, kinds[n] | None, None, typer.Option(_typed(n, kinds[n]), help=f"{told[n]} [params.yaml: anomaly.{n}]"))  # type: ignore[operator]
-                          for n, f in fields.items()]
+    words = {n: f"--{w}/--no-{w}" if kinds[n] is bool else f"--{w}" for n in fields for w in [n.replace("_", "-")]}
+    keys: list[Option] = [(n, kinds[n] | None, None, typer.Option(words[n], help=f"{told[n]} [params.yaml: anomaly.{n}]")) for n in fields]  # type: ignore[operator]
     return flags + keys
 
 
