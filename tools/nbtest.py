@@ -1,7 +1,7 @@
-"""Runs the notebooks' tests as `nbdev_test` does, and lets coverage see them.
+"""Runs the notebooks' tests as `nbdev_test` does, side by side, with tracebacks that point at the package.
 
-A notebook runs its own copy of what it exports, so a plain `nbdev_test` leaves `eq/*.py` untouched and uncounted. Here an exported
-cell is compiled under the file and the lines that it has in `eq/`: coverage, tracebacks and `inspect` then point at the package.
+A notebook runs its own copy of what it exports. Here an exported cell is compiled under the file and the lines that it has in `eq/`:
+tracebacks, `inspect` and, where somebody asks for it (`coverage run tools/nbtest.py`), coverage then speak of the package.
 """
 import argparse
 import ast
