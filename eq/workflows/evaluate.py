@@ -100,7 +100,7 @@ def choose_part(
         return cohort, "all images"
     wanted = "test" if part == "auto" else part
     if (recorded := recorded_part(cohort, meta, wanted)) is not None:
-        here, all_of = recorded.table["image"].nunique(), len(set(meta.data["parts"][wanted]))
+        here, all_of = len(set(recorded.table["image"])), len(set(meta.data["parts"][wanted]))
         return recorded, f"the {wanted} part of its training run{f' ({here} of {all_of} images)' if here < all_of else ''}"
     if part == "auto":
         found, but = _unseen(cohort, meta)
