@@ -60,13 +60,14 @@ def train_network(
     exam: Exam,  # Its training and validation images
     config: AnomalyConfig,  # Section anomaly
     course: Course,  # Minutes and folder
-) -> tuple[Autoencoder, list[Row]]:  # The trained network; minutes, epochs and images of its training
+) -> tuple[Autoencoder, list[Row]]:  # The trained network; minutes, epochs, images and threads of its training
     "One training from random weights, without a run around it."
     model = create_autoencoder(arch, config.size, config.latent, config.width, seed=config.seed)
     options = replace(fit_options(config), minutes=course.minutes)
     folder = course.folder / f"{arch}-{config.intensity}-{config.seed}"
     result = fit_anomaly(model, exam.train.images, exam.validate.images, options, describe_autoencoder(arch, config), folder)
-    told = {"minutes": (result.seconds / 60, "min"), "epochs": (len(result.history), ""), "images": (result.images, "")}
+    told = {"minutes": (result.seconds / 60, "min"), "epochs": (len(result.history), ""), "images": (result.images, ""),
+            "threads": (torch.get_num_threads(), "threads")}
     return model, [Row(arch, name, float(value), unit, str(config.seed)) for name, (value, unit) in told.items()]
 
 
