@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ..core.files import staged_folder, write_error
+from ..core.files import staged_folder
 from ..core.registry import EqError
 from ..core.results import Tile
 from .cohort import Cohort, save_cohort
@@ -57,8 +57,8 @@ def _new_folder(out: str | Path) -> Path:
     try:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    except OSError as error:
-        raise write_error(error, folder) from error
+    except OSError as error:  # where a disk is mounted, for example
+        raise EqError(f"{out} cannot be replaced by the patches ({error.strerror}); name a new folder in it") from error
     if folder.exists():
         raise EqError(f"{out} is a file, or a folder that is not empty; choose a new folder for the patches")
     return folder

@@ -39,14 +39,15 @@ def known_parts(
     cohort: Cohort,  # Any images
     meta: CheckpointMeta,  # Of a checkpoint
 ) -> list[set[str]]:  # For each row, the parts of the training run that hold its image
-    "Images are known by their bytes where the checkpoint has hashes of a part and the file is here, else by their full path."
+    "Images are known by their bytes or by their full path; of parts without hashes, as older checkpoints have them, by the end of their path, too."
     hashes = {name: set(digests) for name, digests in meta.data.get("sha256", {}).items()}
     paths = {name: {Path(p).resolve() for p in found} for name, found in meta.data.get("parts", {}).items()}
+    ends = {name: {p.parts[-2:] for p in known} for name, known in paths.items() if name not in hashes}
 
     def parts_of(image: Path) -> set[str]:
-        digest = sha256_path(image) if hashes and image.exists() else ""
+        digest, full = sha256_path(image) if hashes and image.exists() else "", image.resolve()
         by_bytes = {name for name, digests in hashes.items() if digest in digests}
-        return by_bytes | {name for name, known in paths.items() if not (digest and name in hashes) and image.resolve() in known}
+        return by_bytes | {name for name, known in paths.items() if full in known} | {name for name, known in ends.items() if full.parts[-2:] in known}
 
     found = {image: parts_of(Path(image)) for image in dict.fromkeys(cohort.table["image"])}
     return [found[image] for image in cohort.table["image"]]
@@ -66,8 +67,7 @@ def recorded_part(
         return None  # another cohort that happens to have this name
     found = cohort.subset([part in own and not (part == "test" and own & SEEN) for own in known])
     if not len(found):
-        how = "" if part in hashes else " (it has no hashes of them, so only their full path tells them)"
-        raise EqError(f"{cohort.name}: none of the {len(set(parts[part]))} {part} images that the checkpoint names is here{how}; choose --part all")
+        raise EqError(f"{cohort.name}: none of the {len(set(parts[part]))} {part} images that the checkpoint names is here; choose --part all")
     return found
 
 

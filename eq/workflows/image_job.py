@@ -76,11 +76,11 @@ def kept_names(
     paths: Sequence[Path],  # Images
     run: Path,  # Folder of their run, new or resumed
 ) -> list[str]:  # One name each, all different
-    "Names of folders: an image with a result there keeps its own, known by its place or else by its content; others get names that are free."
+    "Names of folders: an image with a result there keeps its own, known by its place or, where that is empty now, by its content; others get names that are free."
     rows = {p.parent.name: row for p in sorted(run.glob(f"*/{RESULT}")) if (row := _result_in(p.parent))}
     places = {_place(row): name for name, row in rows.items()}
     own = {path: name for path in paths if (name := places.pop(path.resolve(), None))}
-    moved = {row["sha256"]: name for name, row in rows.items() if name not in own.values()}
+    moved = {row["sha256"]: name for name, row in rows.items() if name not in own.values() and not _place(row).exists()}  # else it is another image's
     own |= {path: name for path in paths if moved and path not in own and (name := moved.pop(_content(path), None))}
     free = iter(folder_names([path for path in paths if path not in own], [p.name for p in run.iterdir()]))
     return [own.get(path) or next(free) for path in paths]

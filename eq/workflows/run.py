@@ -114,7 +114,7 @@ def execute_into(
 def _hand_up(run: Any) -> None:
     "What the runs inside have warned of: the notebook's own screen is a file."
     for manifest in sorted(run.dir.glob("*/manifest.json")):
-        for line in json.loads(manifest.read_text(encoding="utf-8"))["warnings"]:
+        for line in json.loads(manifest.read_text(encoding="utf-8")).get("warnings", []):
             run.log.warning(f"{manifest.parent.name}: {line}")
 
 
