@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import tifffile
 from tqdm import tqdm
@@ -80,23 +79,19 @@ def _values(picture: np.ndarray) -> str:
     return ", ".join(shown) + (f" and {len(colours) - 4} more" if len(colours) > 4 else "")
 
 
-def _even(level: np.ndarray) -> np.ndarray:
-    # where a pixel and its neighbours have one value above 0: the inside of what was drawn, neither soft edges nor the seams of a JPEG
-    around = np.ones((3, 3), np.uint8)
-    return (cv2.erode(level, around) == cv2.dilate(level, around)) & (level > 0)
-
-
-def _apart(level: np.ndarray, even: np.ndarray) -> bool:
-    # whether areas end at 0, as objects do; shades end at the next shade
-    edge = (level > 0) & ~even
-    return bool((edge & (cv2.erode(level, np.ones((3, 3), np.uint8)) == 0)).sum() >= edge.sum() / 2)
+def _around(level: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    # least and greatest value of a pixel and its eight neighbours; OpenCV would have to be loaded for a listing
+    (h, w), wide = level.shape, np.pad(level, 1, mode="edge")
+    views = [wide[y : y + h, x : x + w] for y in range(3) for x in range(3)]
+    return np.minimum.reduce(views), np.maximum.reduce(views)
 
 
 def _marked(image: Image, picture: np.ndarray, level: np.ndarray) -> np.ndarray:
     "Where the level is above the threshold. Raises EqError where that cannot be what the file means."
-    on, even, grey = level > THRESHOLD, _even(level), bool((picture == picture[..., :1]).all())
-    lost = even & ~on
-    drawn = not _rings(image) and _apart(level, even)  # a JPEG has remains
+    on, (low, high), grey = level > THRESHOLD, _around(level), bool((picture == picture[..., :1]).all())
+    even = (low == high) & (level > 0)  # the inside of what was drawn, neither soft edges nor the seams of a JPEG
+    edge, lost = (level > 0) & ~even, even & ~on
+    drawn = not _rings(image) and (edge & (low == 0)).sum() >= edge.sum() / 2  # areas end at 0, as objects do; shades end at the next shade
     nothing = not on.any() and lost.mean() > SPECK and (not grey or (drawn and level[lost].min() <= NUMBERS))  # 64 is a shade
     numbers = drawn and lost.sum() > (even & on).sum() > 0 and len(np.unique(level[lost])) >= NUMBERS
     if nothing or numbers:
