@@ -88,7 +88,10 @@ def _around(level: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _marked(image: Image, picture: np.ndarray, level: np.ndarray) -> np.ndarray:
     "Where the level is above the threshold. Raises EqError where that cannot be what the file means."
-    on, (low, high), grey = level > THRESHOLD, _around(level), bool((picture == picture[..., :1]).all())
+    on = level > THRESHOLD
+    if not ((level > 0) & ~on).any():  # as in nearly every mask: nothing can be lost
+        return on
+    (low, high), grey = _around(level), bool((picture == picture[..., :1]).all())
     even = (low == high) & (level > 0)  # the inside of what was drawn, neither soft edges nor the seams of a JPEG
     edge, lost = (level > 0) & ~even, even & ~on
     drawn = not _rings(image) and (edge & (low == 0)).sum() >= edge.sum() / 2  # areas end at 0, as objects do; shades end at the next shade
