@@ -142,13 +142,17 @@ def free_memory(
     return DEVICES[device.type][1](device)
 
 
-def peak_memory() -> float:  # MB
-    "The most main memory that this process has held. Where there is no /proc, a child that was forked counts what its parent held until then."
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+def peak_memory(
+    pid: int | None = None,  # Of another process; None: this one
+) -> float:  # MB; 0 for another one that is gone, or where there is no /proc
+    "The most main memory that a process has held. Where there is no /proc, one that was forked counts what its parent held until then."
+    try:
+        lines = Path(f"/proc/{pid or 'self'}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
     held = [int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")]
-    if held:
-        return held[0]
+    if held or pid is not None:
+        return max(held, default=0.0)
     import resource  # Windows has none
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

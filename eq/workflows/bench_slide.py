@@ -21,6 +21,7 @@ import pandas as pd
 import psutil
 
 from ..core.config import load_config
+from ..core.device import peak_memory
 from ..core.files import read_json, sha256_file
 from ..core.paths import outputs_root
 from ..core.registry import EqError
@@ -89,14 +90,7 @@ class Watched:
 
 
 def _peak(process: psutil.Process) -> float:
-    found = 0.0
-    for each in [process, *process.children(recursive=True)]:
-        try:
-            text = Path(f"/proc/{each.pid}/status").read_text(encoding="utf-8")
-        except OSError:
-            continue
-        found = max(found, *(int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("VmHWM")), 0.0)
-    return found
+    return max(peak_memory(each.pid) for each in [process, *process.children(recursive=True)])
 
 
 def workers_of(
