@@ -16,7 +16,7 @@ import torch
 from eq.core.files import sha256_file
 from eq.core.registry import EqError
 from eq.core.results import CheckpointMeta
-from eq.models.checkpoint import META, WEIGHTS, load_checkpoint, load_tensors, save_checkpoint, save_tensors
+from eq.models.checkpoint import META, SEAL, WEIGHTS, load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from eq.models.unet import create_unet
 
 ENCODER = "tu-test_efficientnet"
@@ -36,9 +36,14 @@ def make_sound(folder: Path) -> Path:
     return folder
 
 
+def unsealed(folder: Path) -> dict[str, Any]:
+    "The description without its hash, as an older version wrote it: what is changed in it has to be found by itself."
+    return {k: v for k, v in json.loads((folder / META).read_text()).items() if k != SEAL}
+
+
 def describe(folder: Path, **values: Any) -> None:
-    "Changes the description; the hash is put right unless it is given."
-    known = json.loads((folder / META).read_text())
+    "Changes the description; the hash of the weights is put right unless it is given."
+    known = unsealed(folder)
     if (folder / WEIGHTS).is_file():
         known["weights_sha256"] = sha256_file(folder / WEIGHTS)
     (folder / META).write_text(json.dumps(known | values))
@@ -61,10 +66,15 @@ def cut(name: str, honest: bool) -> Spoil:
     return spoil
 
 
-def flip(folder: Path, n: int, rng: np.random.Generator) -> None:
-    data = bytearray((folder / WEIGHTS).read_bytes())
-    data[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
-    (folder / WEIGHTS).write_bytes(data)
+def flip(name: str) -> Spoil:
+    "One bit of a file."
+
+    def spoil(folder: Path, n: int, rng: np.random.Generator) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
+        (folder / name).write_bytes(data)
+
+    return spoil
 
 
 def wrong_hash(folder: Path, n: int, rng: np.random.Generator) -> None:
@@ -75,7 +85,7 @@ def wrong_hash(folder: Path, n: int, rng: np.random.Generator) -> None:
 
 
 def other_json(folder: Path, n: int, rng: np.random.Generator) -> None:
-    known = json.loads((folder / META).read_text())
+    known = unsealed(folder)
     lacking = {k: v for k, v in known.items() if k != "scale"}
     wrong = {"classes": []}, {"threshold": 2}, {"mean": [0.5]}, {"std": [0, 0, 0]}, {"tile": "64"}, {"colour": "red"}, {"weights_sha256": "none"}
     made = [[known], None, lacking, *(known | one for one in wrong)]
@@ -158,9 +168,10 @@ class Fault:
 FAULTS = {
     "weights cut short": Fault(cut(WEIGHTS, honest=False), "SHA-256 is"),
     "weights cut short, hash put right": Fault(cut(WEIGHTS, honest=True), "not a safetensors file"),
-    "weights with a flipped bit": Fault(flip, "SHA-256 is"),
+    "weights with a flipped bit": Fault(flip(WEIGHTS), "SHA-256 is"),
     "wrong hash": Fault(wrong_hash, "SHA-256 is"),
     "description cut short": Fault(cut(META, honest=False), "is not JSON"),
+    "description with a flipped bit": Fault(flip(META), "is not JSON|is not what was written|CheckpointMeta"),
     "other JSON": Fault(other_json, "CheckpointMeta|checkpoint (classes|threshold|mean|std|weights_sha256) = "),
     "another task wanted": Fault(other_task, "has task 'glom', needed is"),
     "other classes or channels wanted": Fault(other_classes, "has (classes|in_channels) .*, needed is"),

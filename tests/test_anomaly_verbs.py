@@ -16,7 +16,8 @@ from eq.inference.anomaly_places import map_names
 from eq.models.checkpoint import read_meta
 from eq.workflows.anomaly_judge import evaluate_anomaly
 from eq.workflows.anomaly_lesson import split_normals
-from eq.workflows.anomaly_train import AnomalyRequest, anomaly_settings, train_anomaly
+from eq.workflows.anomaly_settings import anomaly_settings
+from eq.workflows.anomaly_train import AnomalyRequest, train_anomaly
 from eq.workflows.cli import main
 
 SMALL = {"size": 32, "latent": 8, "width": 0.05, "normal": "well", "epochs": 1, "batch_size": 16, "tracker": "none"}

@@ -14,12 +14,11 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 from ..core.classification import expected_calibration_error
-from ..core.files import write_json
 from ..core.registry import EqError
 from ..core.results import Result
 from ..data.pictures import Pictures
 from .classify import Classifier, softmax
-from ..models.checkpoint import META, checkpoint_folder
+from ..models.checkpoint import checkpoint_folder, write_meta
 
 # %% ../../nbs/41d_inference.temperature.ipynb #703d3390
 LOWEST, HIGHEST = 0.05, 20.0  # what is searched
@@ -81,5 +80,5 @@ def calibrate_checkpoint(
         raise EqError(f"pictures of classes {validation.classes}, the checkpoint knows {classifier.meta.classes}; valid: the same, in the same order")
     fit = fit_temperature(classifier.logits(validation.images)[0], validation.labels)
     params, metrics = {**classifier.meta.params, "temperature": fit.temperature}, {**classifier.meta.metrics, "calibration": fit.to_dict()}
-    write_json(folder / META, replace(classifier.meta, params=params, metrics=metrics).to_dict())
+    write_meta(folder, replace(classifier.meta, params=params, metrics=metrics))
     return fit

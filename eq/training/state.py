@@ -21,7 +21,7 @@ from torch import nn
 from ..core.files import read_json, sync, write_json
 from ..core.registry import EqError
 from ..core.results import CheckpointMeta
-from ..models.checkpoint import META, WEIGHTS, load_tensors, save_checkpoint, save_tensors
+from ..models.checkpoint import META, WEIGHTS, load_tensors, save_checkpoint, save_tensors, write_meta
 
 # %% ../../nbs/33_training.state.ipynb #dc2a4fff
 @dataclass
@@ -159,7 +159,7 @@ def _step_folder(checkpoints: Path, step: int) -> Path:
 
 def _write_held(folder: Path, held: Held) -> None:
     "Weights alone: nobody resumes from them."
-    write_json(folder / META, replace(held.meta, weights_sha256=save_tensors(folder / WEIGHTS, held.weights)).to_dict())
+    write_meta(folder, replace(held.meta, weights_sha256=save_tensors(folder / WEIGHTS, held.weights)))
 
 # %% ../../nbs/33_training.state.ipynb #c870d1be
 def save_state(

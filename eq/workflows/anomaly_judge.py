@@ -31,7 +31,7 @@ from ..models.baselines import BASELINES
 from ..models.checkpoint import META, WEIGHTS, checkpoint_folder, load_checkpoint
 from .anomaly_exam import EXPOSURE, STANDARD, Exam, Witness, exam_source, examine, examine_baselines, make_exam
 from .anomaly_lesson import address_of, pixel_hashes
-from .anomaly_train import anomaly_settings, stored_config, told_config
+from .anomaly_settings import anomaly_settings, stored_config, told_config
 
 # %% ../../nbs/75h_workflows.anomaly_judge.ipynb #e85df553
 @dataclass(frozen=True)

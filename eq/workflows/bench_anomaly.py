@@ -38,7 +38,7 @@ from ..training.optimiser import create_optimiser
 from .anomaly_exam import Exam, Witness, examine, examine_baselines, make_exam, together
 from .anomaly_judge import Verdict, pass_verdict
 from .anomaly_lesson import split_normals
-from .anomaly_train import describe_autoencoder, fit_options
+from .anomaly_settings import describe_autoencoder, fit_options
 from .bench import Row, Sitting, write_plot
 
 # %% ../../nbs/77o_workflows.bench_anomaly.ipynb #f43fba84
