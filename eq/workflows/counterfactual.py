@@ -147,7 +147,7 @@ def _graded(glomeruli: Glomeruli, request: CounterfactualRequest) -> Glomeruli:
 def predict_counterfactual(
     request: CounterfactualRequest,  # What to redraw with what
 ) -> CounterfactualResult:  # A run folder with its report
-    "Redraws a cohort. Raises EqError where masks, subjects, grades, healthy glomeruli or a run to resume are missing, and for animals that share images without a reason given."
+    "Redraws a cohort. Raises EqError where masks, subjects, grades, healthy glomeruli or a run to resume are missing, and for animals that share images without a reason."
     if request.resume and (request.out is None or not begun(request.out)):
         raise EqError(f"nothing to resume in {request.out}: give --out the folder of the run that was interrupted")
     csv, painted, folder = Path(request.csv), is_synthetic(request.csv), None if request.checkpoint is None else checkpoint_folder(request.checkpoint)
