@@ -51,12 +51,12 @@ class AnomalyOptions:
     delta: float = 0.0  # validation loss that must be gained to count as progress
     keep_epochs: bool = False  # leave the weights of every epoch in checkpoints/epoch-001 and so on
     ema: float = 0.0  # decay of averaged weights; 0: the network as it is
-    beta_rec: float = 5.0  # this and what follows: see eq.training.introspective.Balance
+    beta_rec: float = 0.5  # this and what follows: see eq.training.introspective.Balance
     beta_kl: float = 1.0
     beta_neg: float = 128.0
     embedding: float = 0.005
     noise: float = 0.2
-    plain: float = 0.8
+    plain: float = 0.0
     precision: str = "auto"  # auto, bf16 or fp32
     device: str = "auto"
     seed: int = 0

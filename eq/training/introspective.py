@@ -25,12 +25,12 @@ from ..models.autoencoder import Autoencoder, ReversedAutoencoder, draw
 class Balance:
     "How much each term counts. Raises EqError for values below 0."
 
-    beta_rec: float = 5.0  # squared error of redrawn images: 1 / (2 * beta_rec) is the variance a pixel may have unexplained
+    beta_rec: float = 0.5  # squared error of redrawn images: 1 / (2 * beta_rec) is the variance a pixel may have unexplained
     beta_kl: float = 1.0  # divergence of the vectors of real images from a standard normal distribution
     beta_neg: float = 128.0  # the same of redrawn and dreamt images, within the exponential
     embedding: float = 0.005  # maps of the encoder before and after redrawing
     noise: float = 0.2  # standard deviation of the noise that the U-Net takes away; 0: it only copies
-    plain: float = 0.8  # share of the run, at its beginning, in which encoder and decoder do not examine each other yet
+    plain: float = 0.0  # share of the run, at its beginning, in which encoder and decoder do not examine each other yet
 
     def __post_init__(self) -> None:
         if wrong := [(k, v) for k, v in vars(self).items() if not v >= 0]:

@@ -48,8 +48,8 @@ class NetworkPlan:
     device: str = "auto"
 
     def options(self) -> AnomalyOptions:  # For fit_anomaly
-        "How the network is trained: with the published balance, which these redrawings were measured with; that of radiographs was chosen on radiographs."
-        return AnomalyOptions(epochs=self.epochs, lr=self.lr, rotate=45.0, brightness=0.0, beta_rec=0.5, plain=0.0, seed=self.seed, device=self.device, quiet=True)
+        "How the network is trained: with the published balance, which these redrawings were measured with; that of params.yaml was chosen on radiographs."
+        return AnomalyOptions(epochs=self.epochs, lr=self.lr, rotate=45.0, brightness=0.0, seed=self.seed, device=self.device, quiet=True)
 
 
 def deal_roles(
