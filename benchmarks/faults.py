@@ -383,7 +383,7 @@ class Plan:
 ROWS = {
     "malformed": Plan(malformed, "malformed", lambda dose: dose), "bombs": Plan(bombs, "bombs", lambda megabytes: 20),
     "pixel_size": Plan(pixel_sizes, "rounds", lambda rounds: 40), "archives": Plan(archives, "rounds", lambda rounds: 30),
-    "checkpoints": Plan(checkpoints, "each", lambda each: 12 * each), "two_writers": Plan(two_writers, "rounds", lambda rounds: 5 * rounds),
+    "checkpoints": Plan(checkpoints, "each", lambda each: 13 * each), "two_writers": Plan(two_writers, "rounds", lambda rounds: 5 * rounds),
 }
 
 
