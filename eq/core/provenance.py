@@ -7,7 +7,6 @@ __all__ = ['MANIFEST', 'LOG', 'LOCK', 'Record', 'Run', 'claim_folder', 'begun', 
            'verify_run']
 
 # %% ../../nbs/06_core.provenance.ipynb #9943fe1d
-import json
 import os
 import shlex
 import shutil
@@ -19,7 +18,7 @@ from typing import IO, Any, NamedTuple, Self
 
 from .config import load_config
 from .environment import code_version, environment
-from .files import TEMP_PREFIX, list_files, plain, read_json, sha256_bytes, sha256_path, without_secrets, write_error, write_json
+from .files import TEMP_PREFIX, list_files, plain, read_json, sha256_json, sha256_path, without_secrets, write_error, write_json
 from .lock import hold
 from .logs import Logger, read_log
 from .paths import data_root, find_repo, new_run_dir
@@ -55,8 +54,7 @@ def _find_input(entry: dict[str, Any], run_dir: Path) -> Path:
 # %% ../../nbs/06_core.provenance.ipynb #e382cb2a
 def _seal(manifest: dict[str, Any]) -> str:
     "SHA-256 of a manifest without its seal, keys sorted."
-    content = {k: v for k, v in manifest.items() if k != "seal"}
-    return sha256_bytes(json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False).encode())
+    return sha256_json({k: v for k, v in manifest.items() if k != "seal"})
 
 
 def _now() -> str:

@@ -8,18 +8,16 @@ __all__ = ['WEIGHTS', 'META', 'SEAL', 'PICKLES', 'NETWORKS', 'save_tensors', 'sa
            'load_checkpoint', 'fill']
 
 # %% ../../nbs/21_models.checkpoint.ipynb #52a187c7
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..core.files import atomic_write, plain, read_json, sha256_bytes, sha256_file, write_json
+from ..core.files import atomic_write, plain, read_json, sha256_file, sha256_json, write_json
 from ..core.registry import EqError, Registry
 from ..core.results import CheckpointMeta
 from .autoencoder import create_autoencoder
@@ -56,18 +54,13 @@ def save_checkpoint(
     return meta
 
 
-def _seal(values: dict[str, Any]) -> str:
-    "What a description has to hash to, however it is laid out."
-    return sha256_bytes(json.dumps(values, sort_keys=True).encode())
-
-
 def write_meta(
     folder: Path,  # Of the checkpoint
     meta: CheckpointMeta,  # With the hash of the weights that lie there
 ) -> None:
     "Writes model.json, sealed."
     values = plain(meta.to_dict())
-    write_json(folder / META, values | {SEAL: _seal(values)})
+    write_json(folder / META, values | {SEAL: sha256_json(values)})
 
 # %% ../../nbs/21_models.checkpoint.ipynb #1224d467
 def read_meta(
@@ -77,7 +70,7 @@ def read_meta(
     path = checkpoint_folder(folder) / META
     values = read_json(path)
     seal = values.pop(SEAL, None) if isinstance(values, dict) else None  # older versions of eq set none
-    if seal is not None and seal != _seal(values):
+    if seal is not None and seal != sha256_json(values):
         raise EqError(f"{path} is not what was written: it is damaged, or somebody edited it; if you did, take the line {SEAL} out of it")
     try:
         return CheckpointMeta.from_dict(values)

@@ -18,8 +18,9 @@ import typer
 from ..core.environment import code_version
 from ..core.files import atomic_write
 from ..core.paths import outputs_root
-from ..core.provenance import Run, begun, start_run
+from ..core.provenance import Run, start_run
 from ..core.registry import EqError
+from ..core.request import check_begun
 from ..data.cohort import load_cohort
 from ..data.leakage import by_subject, check_leaks
 from ..models.checkpoint import META, WEIGHTS, checkpoint_folder, read_meta
@@ -148,8 +149,8 @@ def predict_counterfactual(
     request: CounterfactualRequest,  # What to redraw with what
 ) -> CounterfactualResult:  # A run folder with its report
     "Redraws a cohort. Raises EqError where masks, subjects, grades, healthy glomeruli or a run to resume are missing, and for animals that share images without a reason."
-    if request.resume and (request.out is None or not begun(request.out)):
-        raise EqError(f"nothing to resume in {request.out}: give --out the folder of the run that was interrupted")
+    if request.resume:
+        check_begun(request.out)
     csv, painted, folder = Path(request.csv), is_synthetic(request.csv), None if request.checkpoint is None else checkpoint_folder(request.checkpoint)
     side = request.plan.side if folder is None else read_meta(folder).tile
     if folder is not None:

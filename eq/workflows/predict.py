@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 
 from ..core.config import load_config
 from ..core.files import atomic_write
-from ..core.provenance import Run, begun, start_run
+from ..core.provenance import Run, start_run
 from ..core.registry import EqError, named_once, unknown_name
-from ..core.request import remember_request, same_request
+from ..core.request import check_begun, remember_request, same_request
 from ..data.listing import LEFT_OUT, list_images
 from ..data.pxsize import checked_px_size
 from ..inference.gate import BANK, NO_GATE, REFERENCE, REFUSE
@@ -168,9 +168,7 @@ def _rows(jobs: list[ImageJob], request: PredictRequest, run: Run, bar: Any) -> 
 
 def _same_run(folder: Path | None, params: dict[str, Any]) -> None:
     "Raises EqError unless a run with these settings began in a folder."
-    if folder is None or not begun(folder):
-        raise EqError(f"nothing to resume in {folder}: give --out the folder of the run that was interrupted")
-    same_request(folder, params)
+    same_request(check_begun(folder), params)
 
 
 def predict_images(

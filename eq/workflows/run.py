@@ -125,11 +125,12 @@ def run_notebook(
     resume: bool = False,  # Go on in `out`: what was trained and predicted there is kept
 ) -> Path:  # The run's folder
     "Execute a notebook as a run with a manifest, which also says when a cell fails. Raises EqError for that, and where nothing can be resumed."
-    from eq.core.provenance import begun, start_run
+    from eq.core.provenance import start_run
+    from eq.core.request import check_begun
 
     asked = {**{k: v for k, v in notebook_parameters(notebook).items() if k != "out"}, **(parameters or {})}
-    if resume and (out is None or not begun(out)):
-        raise EqError(f"nothing to resume in {out}: give --out the folder of the run that was interrupted")
+    if resume:
+        check_begun(out)
     with start_run(notebook.stem, out=out, params=asked, command=f"eq run {notebook.stem}", resume=resume) as run:
         run.add_input(notebook)
         execute_into(notebook, asked, run.dir)

@@ -17,9 +17,9 @@ import typer
 
 from ..core.config import Config, TaskConfig, TrainConfig, load_config
 from ..core.files import is_disk_full, sha256_bytes, sha256_path
-from ..core.provenance import Run, begun, code_version, start_run
+from ..core.provenance import Run, code_version, start_run
 from ..core.registry import EqError, unknown_name
-from ..core.request import remember_request, same_request
+from ..core.request import check_begun, remember_request, same_request
 from ..core.results import CheckpointMeta
 from ..data.block import load_samples, object_width, speck_area
 from ..data.cohort import Cohort
@@ -203,8 +203,8 @@ def train_segmentation(
 ) -> FitResult:  # Its `.folder` holds the checkpoint and the manifest
     "Trains in a run folder. Raises EqError for bad images (all of them listed), bad options, leaks and full disks; what was finished is kept."
     settings(request.task, with_network(request))
-    if request.resume and not (request.out and begun(request.out)):
-        raise EqError(f"nothing to resume in {request.out}: give --out the folder of the run that was interrupted")
+    if request.resume:
+        check_begun(request.out)
     split = request.prepared or split_cohort(_cohort(request), **request.split)
     split = replace(split, **{name: part.images_once() for name, part in split.parts.items()})
     for part in (split.train, split.validate):
